@@ -1,0 +1,100 @@
+"""The contract of evaluation: a task turns documents into requests and their responses into values with intervals."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One evaluation item. `id` is a stable hash of its content and the generator's version."""
+
+    id: str
+    fields: Mapping[str, Any]
+    cluster: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogLikelihood:
+    """Log-probability of `continuation` after `context`, encoded jointly."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Greedy text after `prompt` until a stop string or `max_new_tokens`."""
+
+    prompt: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ("\n",)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-likelihood of a whole text by sliding window, each token scored once."""
+
+    text: str
+
+
+Request = LogLikelihood | Generate | Score
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """log_prob: natural log, sum over `tokens`; is_greedy: every token was the argmax; text: generated text."""
+
+    log_prob: float = 0.0
+    tokens: int = 0
+    is_greedy: bool = False
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A statistic with its 95 % interval, from n documents (undefined: documents without a value)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    undefined: int = 0
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "undefined": self.undefined}
+
+
+class Task(ABC):
+    """A named set of documents with a metric. Subclass, one file per task in evaluation/tasks/."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    higher_is_better: ClassVar[Mapping[str, bool]]
+
+    @abstractmethod
+    def documents(self, limit: int | None, seed: int) -> Sequence[Document]: ...
+
+    @abstractmethod
+    def requests(self, document: Document) -> Mapping[str, Request]:
+        """Role ("gold", "choice/0", ...) -> request."""
+
+    @abstractmethod
+    def score(self, document: Document, responses: Mapping[str, Response]) -> Mapping[str, float | None]:
+        """Values of this document, by metric name; None = undefined."""
+
+    @abstractmethod
+    def estimate(self, documents: Sequence[Document], values: Mapping[str, Sequence[float | None]]) -> Mapping[str, Estimate]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """metrics: name -> estimate; values: name -> per-document values, in the order of `ids`, for paired comparison."""
+
+    task: str
+    metrics: Mapping[str, Estimate]
+    ids: tuple[str, ...]
+    values: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)

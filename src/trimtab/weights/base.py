@@ -1,0 +1,53 @@
+"""The contract of the weights room: one linear layer and its statistics in, a compressed tensor out.
+
+A method never moves data, hooks modules or reads files: `trimtab.weights.compress` does, for all methods alike.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from trimtab.core.method import Method
+
+if TYPE_CHECKING:
+    from trimtab.core.recipe import Step
+    from trimtab.models.statistics import Need, Stats
+    from trimtab.models.views import LinearView
+    from trimtab.tensors.compressed import CompressedTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod(Method):
+    """A *representation* method: replaces each targeted linear's weight by a compressed tensor.
+
+    needs      statistics of the input that `compress` wants; empty if the method uses no data
+    targets    shell patterns over linear names or roles; the default takes every linear of every block
+               (embeddings, norms and the output head are never touched)
+    """
+
+    room: ClassVar[str] = "weights"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    targets: tuple[str, ...] = ("*",)
+
+    @abstractmethod
+    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, dict[str, float | str]]:
+        """The compressed weight of `linear` and notes for the run record (damping used, fallback taken, ...).
+
+        `stats` is None exactly if `needs` is empty. All arithmetic in float32 or wider. Must be deterministic.
+        Raises ConfigError or TargetError naming the linear if the options do not fit its shape.
+        """
+
+    @abstractmethod
+    def check_linear(self, linear: LinearView) -> None:
+        """Raise TargetError if the options do not fit this linear. Called for all targets before any work starts."""
+
+    @classmethod
+    def refuses_after(cls, earlier: Sequence[Step]) -> str | None:
+        taken = [step.method for step in earlier if step.room == "weights"]
+        if taken:
+            return f"the linear layers are already compressed by '{taken[-1]}'. Use one of the two."
+        return None
