@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_READERS: dict[type, dict[str, Any]] = {}
 
 
-@functools.cache
-def _adapter(cls: type, field: str) -> Any:
-    from pydantic import TypeAdapter  # only where values arrive, so that listings stay fast
+def _readers(owner: type) -> dict[str, Any]:
+    """Field name -> pydantic reader of its type, for the config class `owner`."""
+    if owner not in _READERS:
+        from pydantic import TypeAdapter  # only where values arrive, so that listings stay fast
 
-    return TypeAdapter(_hints(cls)[field])
+        hints = typing.get_type_hints(owner)
+        _READERS[owner] = {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(owner)}
+    return _READERS[owner]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             try:
-                _adapter(type(self), field.name).validate_python(value, strict=not isinstance(value, (list, tuple)))
+                _readers(type(self))[field.name].validate_python(value, strict=not isinstance(value, (list, tuple)))
             except ValidationError as error:
                 raise self._refusal(field.name, value, error) from None
         self.check()
@@ -63,21 +64,35 @@ class Config:
         Strings are read as the field's type ("true", "4", "0.01"). Raises ConfigError for an unknown or a missing
         option and for a value that cannot be read.
         """
-        from pydantic import ValidationError
-
         fields = {f.name: f for f in dataclasses.fields(cls)}
         values: dict[str, object] = {}
         for name, value in options.items():
             if name not in fields:
                 raise ConfigError(f"{cls.__name__} has no option '{name}'. {did_you_mean(name, fields)}")
-            try:
-                values[name] = _adapter(cls, name).validate_python(value)
-            except ValidationError as error:
-                raise cls._refusal(name, value, error) from None
+            values[name] = cls._read(name, value)
         required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [n for n in required if n not in values]:
             raise ConfigError(f"{cls.__name__} needs the option '{missing[0]}', which has no default.")
         return cls(**values)
+
+    @classmethod
+    def _read(cls, name: str, value: object) -> object:
+        """The value as the field's type; a string also as the number it spells, or as items between commas."""
+        from pydantic import ValidationError
+
+        readings = [value]
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                readings.append(int(value))
+            readings.append(tuple(item.strip() for item in value.split(",")))
+        refusal: ConfigError | None = None
+        for reading in readings:
+            try:
+                return _readers(cls)[name].validate_python(reading)
+            except ValidationError as error:
+                refusal = refusal or cls._refusal(name, value, error)
+        assert refusal is not None
+        raise refusal from None
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values, complete with defaults."""

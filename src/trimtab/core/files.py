@@ -66,7 +66,7 @@ def atomic_directory(path: str | Path, *, force: bool = False) -> Iterator[Path]
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_abandoned(path)
         partial.mkdir()
         yield partial
         for file in partial.rglob("*"):
@@ -78,6 +78,16 @@ def atomic_directory(path: str | Path, *, force: bool = False) -> Iterator[Path]
         raise OutputError(f"{path} cannot be written ({error.strerror or error}); nothing was changed.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers of `path` left that were killed: partial directories whose process is gone."""
+    for partial in path.parent.glob(f".{path.name}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or (
+            pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists()
+        ):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _take_name(partial: Path, path: Path) -> None:

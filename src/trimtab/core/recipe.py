@@ -1,4 +1,4 @@
-"""An ordered, serialisable description of what is done to a model; checked when it is built, stored in the checkpoint."""
+"""An ordered, serialisable description of what is done to a model: checked when built, stored in the checkpoint."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class Recipe:
         if unknown := set(data) - {"version", "steps"}:
             raise ConfigError(f"{source}: unknown entries {sorted(unknown)}; a recipe has 'version' and 'steps'.")
         if data.get("version", RECIPE_VERSION) > RECIPE_VERSION:
-            raise ConfigError(f"{source}: recipe version {data['version']} is newer than {RECIPE_VERSION}; update trimtab.")
+            raise ConfigError(
+                f"{source}: recipe version {data['version']} is newer than {RECIPE_VERSION}; update trimtab."
+            )
         steps = []
         for index, entry in enumerate(data["steps"]):
             if not isinstance(entry, Mapping) or "method" not in entry:

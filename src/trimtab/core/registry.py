@@ -75,7 +75,9 @@ def method_info(name: str) -> MethodInfo:
     key = name.strip().lower().replace("-", "_")
     known = methods()
     if key not in known:
-        raise ConfigError(f"unknown method '{name}'. {did_you_mean(key, known)} Describe one with: trimtab describe NAME")
+        raise ConfigError(
+            f"unknown method '{name}'. {did_you_mean(key, known)} Describe one with: trimtab describe NAME"
+        )
     return known[key]
 
 
