@@ -1,0 +1,4 @@
+"""placeholder while the rest is written"""
+EXAMPLES = ()
+def run() -> None:
+    """compress"""

@@ -1,0 +1,79 @@
+"""`trimtab describe METHOD`: what it does, its options, its paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.app.cli.options import AsJson
+from trimtab.app.cli.output import emit_json, show, table
+from trimtab.core.registry import method_class, method_info
+
+EXAMPLES = ("trimtab describe gptq", "trimtab describe rtn --json")
+
+
+def option_docs(cls: type) -> dict[str, str]:
+    """Field name -> text, from the `name   text` lines of the class docstrings, bases included."""
+    found: dict[str, str] = {}
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for owner in reversed(cls.__mro__):
+        name = None
+        for line in inspect.cleandoc(owner.__dict__.get("__doc__") or "").splitlines():
+            start = re.match(r"((?:\w+,\s*)*\w+)(?:\s{2,}|:\s+)(\S.*)", line)
+            names = [n.strip() for n in start.group(1).split(",")] if start else []
+            if start and set(names) <= fields:
+                name = names
+                found |= dict.fromkeys(names, start.group(2))
+            elif name and line.startswith("  ") and line.strip():
+                found |= {n: f"{found[n]} {line.strip()}" for n in name}
+            else:
+                name = None
+    return found
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+
+
+def options_of(cls: type) -> list[dict[str, Any]]:
+    """Name, type, default and meaning of each option of a method; `default` is missing where one must be given."""
+    docs = option_docs(cls)
+    options = []
+    for field in dataclasses.fields(cls):
+        option = {"name": field.name, "type": _type_name(field), "help": docs.get(field.name, "")}
+        if field.default is not dataclasses.MISSING:
+            option["default"] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            option["default"] = field.default_factory()
+        options.append(option)
+    return options
+
+
+def run(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from trimtab list.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Describe one method: what it does, when to use it, its options and its paper."""
+    info = method_info(method)
+    cls = method_class(info.name)
+    options = options_of(cls)
+    module_text = inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")  # type: ignore[union-attr]
+    paragraphs = [p for p in re.split(r"\n\s*\n", module_text)[1:] if not p.startswith("Paper:")]
+    if as_json:
+        listed = {"name": info.name, "room": info.room, "summary": info.summary, "paper": info.paper}
+        emit_json({**listed, "description": "\n\n".join(paragraphs), "options": options})
+        return
+    rows = [(o["name"], o["type"], repr(o["default"]) if "default" in o else "required", o["help"]) for o in options]
+    show(f"[bold]{info.name}[/bold] ({info.room}): {info.summary}", "")
+    for paragraph in paragraphs:
+        print(paragraph + "\n")
+    show(
+        table("Options", ("option", "type", "default", "meaning"), rows),
+        f"Paper: {info.paper}",
+        "",
+        f"Try it: trimtab compress ref --method {info.name} -o ref-{info.name}" if info.room == "weights" else "",
+    )

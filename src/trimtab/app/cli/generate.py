@@ -1,0 +1,78 @@
+"""`trimtab generate MODEL -p "..."`: the model continues a text, shown as it is written."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.app.cli.options import AsJson, Model, Seed
+from trimtab.app.cli.output import emit_json
+from trimtab.core.errors import DataError
+
+EXAMPLES = (
+    'trimtab generate ref -p "The old house by the river"',
+    'trimtab generate ref-gptq4 -p "She said" --max-new-tokens 80 --temperature 0.8 --seed 3',
+)
+
+
+def continue_text(
+    model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, streamer: Any = None
+) -> tuple[str, int]:
+    """The continuation of `prompt` and the number of its tokens. Temperature 0 is greedy. Raises DataError."""
+    import torch
+
+    tokenizer = model.trimtab.tokenizer
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = int(inputs["input_ids"].shape[1])
+    window = model.config.get_text_config().max_position_embeddings
+    if length == 0:
+        raise DataError("the prompt holds no token. Give a text with -p.")
+    if length + max_new_tokens > window:
+        raise DataError(
+            f"prompt ({length} tokens) and --max-new-tokens {max_new_tokens} exceed the {window} positions of the model."
+        )
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    new = output[0, length:]
+    return str(tokenizer.decode(new, skip_special_tokens=True)), int(new.shape[0])
+
+
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text and show it while it is written."""
+    if not prompt.strip():
+        raise DataError("the prompt is empty. Give a text with -p.")
+    import time
+
+    import trimtab as tt
+
+    loaded = tt.load(model)
+    from transformers import TextStreamer
+
+    streamer = None
+    if not as_json:
+        typer.echo(prompt, nl=False)
+        streamer = TextStreamer(loaded.trimtab.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    text, count = continue_text(
+        loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=streamer
+    )
+    if as_json:
+        seconds = time.perf_counter() - start
+        emit_json({"model": model, "prompt": prompt, "text": text, "tokens": count, "seconds": seconds, "seed": seed})

@@ -1,0 +1,98 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.core.errors import ConfigError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="ref or ref-mini (shipped), a directory, a trimtab checkpoint or a Hugging Face id.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output directory.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; may be given several times."),
+]
+
+
+def split_names(text: str, what: str) -> list[str]:
+    """Comma-separated names. Raises ConfigError if there is none or one comes twice."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise ConfigError(f"{what} is empty. Give names separated by commas.")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{what} names {', '.join(doubled)} more than once.")
+    return names
+
+
+def split_numbers(text: str, what: str) -> list[int]:
+    """Comma-separated whole numbers. Raises ConfigError naming the one that is none."""
+    numbers = []
+    for part in split_names(text, what):
+        try:
+            numbers.append(int(part))
+        except ValueError:
+            raise ConfigError(f"{what} holds '{part}', which is not a whole number (write {what} 2,3,4).") from None
+    return numbers
+
+
+def read_settings(pairs: Iterable[str] | None) -> dict[str, str]:
+    """`["bits=4", ...]` as a mapping. Raises ConfigError on a pair without '=' and on an option given twice."""
+    settings: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise ConfigError(f"--set {pair!r} is not OPTION=VALUE, such as --set bits=4.")
+        if name in settings:
+            raise ConfigError(f"--set gives '{name}' twice: {settings[name]} and {value}.")
+        settings[name] = value.strip()
+    return settings
+
+
+def typed_settings(method: type, settings: dict[str, str]) -> dict[str, Any]:
+    """Settings whose text needs splitting before the method's own reading: lists at commas, `none` where allowed."""
+    hints = typing.get_type_hints(method)
+    typed: dict[str, Any] = {}
+    for name, text in settings.items():
+        hint = hints.get(name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if type(None) in choices and text.lower() in ("none", "null"):
+            typed[name] = None
+        elif any(typing.get_origin(choice) in (tuple, list) for choice in choices):
+            typed[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+        else:
+            typed[name] = text
+    return typed
+
+
+def read_texts(files: Sequence[Path]) -> list[str]:
+    """The text of each file. Raises DataError naming the file that is missing, empty or not UTF-8."""
+    from trimtab.core.errors import DataError
+
+    texts = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 text (byte {error.start} cannot be read). Convert it first.") from None
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}.") from None
+        if not text.strip():
+            raise DataError(f"{file} holds no text.")
+        texts.append(text)
+    return texts

@@ -1,0 +1,94 @@
+"""The Pareto pictures, as SVG that takes the colours of the page it stands in."""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Callable, Sequence
+
+from trimtab.app.report.rows import Interval, Row, pareto_front
+
+# Chosen to be told apart in light, in dark and with the common colour blindnesses (Okabe and Ito's set, adjusted).
+_COLOURS = ("#0a84c1", "#d9730d", "#159a76", "#b65fa0", "#a68a00", "#c0483b")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+# Stand-ins that are replaced by CSS after drawing, so that one picture serves light and dark.
+_INK, _FAINT = "#010203", "#030201"
+
+
+def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], label: str, *, logarithmic: bool) -> str:
+    """Quality (smaller is better) against bytes at rest, as inline SVG. Empty if no compressed row has the figure."""
+    points = [(row, value) for row in rows if (value := quality(row)) is not None and not row.baseline]
+    if logarithmic:
+        points = [(row, value) for row, value in points if value.value > 0]
+    if not points:
+        return ""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatter
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "trimtab",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _FAINT,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
+        methods = list(dict.fromkeys(row.method for row, _ in points))
+        for index, method in enumerate(methods):
+            own = [(row, value) for row, value in points if row.method == method]
+            x = [row.bytes_at_rest / 1e6 for row, _ in own]
+            y = [value.value for _, value in own]
+            low = [v.value - (v.value if v.low is None else min(v.low, v.value)) for _, v in own]
+            high = [(v.value if v.high is None else max(v.high, v.value)) - v.value for _, v in own]
+            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            axes.errorbar(x, y, (low, high), fmt=marker, color=colour, ms=7, capsize=3, lw=1.2, label=method, zorder=3)
+            for px, py, (row, _) in zip(x, y, own, strict=True):
+                text = row.label.removeprefix(method).strip() or row.label
+                offset, side = ((8, 5), "left") if index % 2 == 0 else ((-8, -13), "right")
+                axes.annotate(
+                    text, (px, py), offset, textcoords="offset points", ha=side, fontsize=9, color=colour, zorder=4
+                )
+        front = pareto_front((row.bytes_at_rest / 1e6, value.value) for row, value in points)
+        axes.plot(*zip(*front, strict=True), color=_FAINT, lw=1.2, ls="--", label="Pareto front", zorder=1)
+        base = next((value for row in rows if row.baseline and (value := quality(row)) is not None), None)
+        if base is not None and not logarithmic:
+            axes.axhline(base.value, color=_FAINT, lw=1, ls=":", label="uncompressed", zorder=1)
+        if logarithmic:
+            axes.set_yscale("log")
+            for locate in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                locate(LogFormatter(minor_thresholds=(1.5, 0.6)))
+        axes.set_xlabel("bytes at rest (MB)")
+        axes.set_ylabel(label)
+        axes.margins(x=0.14, y=0.14)
+        axes.grid(True, color=_FAINT, lw=0.5, alpha=0.35)
+        axes.legend(frameon=False, fontsize=9)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    return _inline(buffer.getvalue(), f"{label} against bytes at rest; the same figures are in the table.")
+
+
+def _inline(svg: str, description: str) -> str:
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1)
+    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
+    # Two pictures on one page must not share ids.
+    prefix = f"p{zlib.crc32(description.encode()):x}-"
+    body = re.sub(r'\bid="', f'id="{prefix}', body)
+    body = re.sub(r"url\(#", f"url(#{prefix}", body)
+    body = re.sub(r'xlink:href="#', f'href="#{prefix}', body)
+    body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body)
+    body = body.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return body.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
