@@ -9,18 +9,22 @@ each part a `Part`. All parts of one weight have the shape `[out, in]` of that w
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import CheckpointError, did_you_mean
+
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
 
+_PART_MODULES = ("grid", "low_rank", "sparse")
 PART_KINDS: dict[str, type[Part]] = {}
-"""kind -> class, filled as parts are defined; the allow-list from which checkpoints are loaded."""
+"""kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 
 
 class Part(ABC):
@@ -48,7 +52,7 @@ class Part(ABC):
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """JSON values from which `like` knows names, shapes and dtypes of the buffers: {"kind": ..., ...}."""
+        """JSON values from which `buffers` knows names, shapes and dtypes of the buffers: {"kind": ..., ...}."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -72,17 +76,65 @@ class Part(ABC):
         alternating quantization and SVD, straight-through training and discrete steps.
         """
 
+    def check(self) -> None:  # noqa: B027 - most parts have something to check, not all
+        """Raise CheckpointError if the buffers hold values that no compression writes. The default accepts all.
+
+        `from_state` looks at names, shapes and dtypes only, so that it works on tensors not yet filled; a loader
+        calls this once they are.
+        """
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, padding included."""
         return sum(t.numel() * t.element_size() for t in self.state().values())
 
 
-def part_from_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Part:
-    """Rebuild any part; the kind must be one of PART_KINDS. Raises CheckpointError."""
-    from trimtab.core.errors import CheckpointError, did_you_mean
-
+def part_class(spec: Mapping[str, Any]) -> type[Part]:
+    """The class that a spec's kind names. Raises CheckpointError if there is none."""
+    for module in _PART_MODULES:
+        importlib.import_module(f"trimtab.tensors.{module}")
     kind = spec.get("kind")
     if kind not in PART_KINDS:
         raise CheckpointError(f"compressed tensor of unknown kind {kind!r}. {did_you_mean(str(kind), PART_KINDS)}")
-    return PART_KINDS[kind].from_state(spec, state)
+    return PART_KINDS[kind]
+
+
+def part_from_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Part:
+    """Rebuild any part; the kind must be one of PART_KINDS. Raises CheckpointError."""
+    return part_class(spec).from_state(spec, state)
+
+
+def shape_from_spec(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """The [out, in] shape that a spec holds. Raises CheckpointError if it holds none."""
+    shape = spec.get("shape")
+    if not (isinstance(shape, Sequence) and len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape)):
+        raise CheckpointError(f"{spec.get('kind')} part: 'shape' must be [out, in], not {shape!r}.")
+    return shape[0], shape[1]
+
+
+def dtype_from_spec(spec: Mapping[str, Any], allowed: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype that a spec names. Raises CheckpointError if it is not one of `allowed`."""
+    name = spec.get("dtype")
+    if name not in allowed:
+        raise CheckpointError(f"{spec.get('kind')} part: unknown dtype {name!r}. {did_you_mean(str(name), allowed)}")
+    return allowed[str(name)]
+
+
+def checked_buffers(part: type[Part], spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers that `part.buffers(spec)` names, out of `state`.
+
+    Raises CheckpointError for one that is missing, superfluous, or of another shape or dtype.
+    """
+    wanted = part.buffers(spec)
+    if superfluous := sorted(set(state) - set(wanted)):
+        raise CheckpointError(f"{part.kind} part: unexpected buffers {superfluous}; it has {sorted(wanted)}.")
+    for name, (shape, dtype) in wanted.items():
+        if name not in state:
+            raise CheckpointError(f"{part.kind} part: buffer '{name}' is missing; found {sorted(state)}.")
+        found = state[name]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            raise CheckpointError(
+                f"{part.kind} part: buffer '{name}' is {found.dtype} {list(found.shape)}, "
+                f"its spec asks for {dtype} {list(shape)}."
+            )
+    return dict(state)

@@ -1,0 +1,45 @@
+"""Floor 0: compressed tensor values that know how to multiply, how large they are and how to be stored.
+
+Read base.py first, then grid.py for the most used part and compressed.py for their sum.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.tensors.base import Part as Part
+    from trimtab.tensors.compressed import CompressedTensor as CompressedTensor
+    from trimtab.tensors.grid import ClipSearch as ClipSearch
+    from trimtab.tensors.grid import GridFormat as GridFormat
+    from trimtab.tensors.grid import GroupGrid as GroupGrid
+    from trimtab.tensors.low_rank import LowRank as LowRank
+    from trimtab.tensors.low_rank import svd as svd
+    from trimtab.tensors.metric import Metric as Metric
+    from trimtab.tensors.rotation import Rotation as Rotation
+    from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
+
+# Lazy: kernels import packing.py from here, and the grid imports the kernels.
+_MODULES = {
+    "Part": "base",
+    "CompressedTensor": "compressed",
+    "ClipSearch": "grid",
+    "GridFormat": "grid",
+    "GroupGrid": "grid",
+    "LowRank": "low_rank",
+    "svd": "low_rank",
+    "Metric": "metric",
+    "Rotation": "rotation",
+    "SparseOutliers": "sparse",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"trimtab.tensors.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'trimtab.tensors' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(_MODULES)
