@@ -1,0 +1,7 @@
+"""Llama: separate projections, grouped-query attention, gated MLP. The ref models are Llamas too."""
+
+from __future__ import annotations
+
+from trimtab.models.families.base import SMALL, Family
+
+LLAMA = Family(name="llama", model_type="llama", small=SMALL)
