@@ -79,7 +79,7 @@ class CompressedTensor:
     @classmethod
     def buffers(cls, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of the buffers that `from_state` wants. Raises CheckpointError on a bad spec."""
-        wanted = {}
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for index, part in enumerate(_part_specs(spec)):
             wanted |= {f"{index}.{name}": buffer for name, buffer in part_class(part).buffers(part).items()}
         return wanted

@@ -72,7 +72,7 @@ class GroupGrid(Part):
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat) -> GroupGrid:
-        """Pack codes [out, in], integers in 0 .. 2^bits - 1. Raises ConfigError for codes or parameters that do not fit."""
+        """Pack codes [out, in], integers in 0 .. 2^bits - 1. Raises ConfigError for what does not fit."""
         shape = matrix_shape(codes)
         spread_parameters(scales, zeros, fmt, shape)
         if (zeros is None) != fmt.symmetric:

@@ -125,7 +125,8 @@ class Metric:
         """Undo the columns' part on a right factor [r, in], float64."""
         right = right.double()
         if self.matrix is not None:
-            return torch.linalg.solve_triangular(self._lower, right, upper=False, left=False)
+            solved: Tensor = torch.linalg.solve_triangular(self._lower, right, upper=False, left=False)
+            return solved
         return right if self.column is None else right / _root(self.column)
 
     def unwhiten(self, error: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ class Metric:
     def inverse_cholesky(self, damp: float = 0.01) -> InverseCholesky:
         """The upper Cholesky factor of the inverse of H, damped by `damp * mean(diag H)`; solved in float64.
 
-        A diagonal or row x column metric counts as its diagonal H. If the factorisation fails, the damping is
+        A diagonal or row x column metric counts as its diagonal H. The mean is taken before dead columns get their 1
+        (the original code: after), so that the scale of H does not matter. If the factorisation fails, the damping is
         multiplied by 10, at most three times; the result tells which was used. Raises NumericsError if none serves,
         ConfigError for the identity (pass `gram(torch.eye(n))`) or a negative damping.
         """
@@ -195,7 +197,8 @@ class Metric:
             damped.diagonal().add_(ridge * mean)
             lower, info = torch.linalg.cholesky_ex(damped)
             if not int(info):
-                return lower
+                factor: Tensor = lower
+                return factor
             ridge *= 10
         raise NumericsError(f"the Gram matrix of {self.name} {list(h.shape)} is far from positive semidefinite.")
 

@@ -144,7 +144,7 @@ class SparseOutliers(Part):
         return cls(shape_from_spec(spec)[1], found["values"], found["columns"], found["offsets"])
 
     def check(self) -> None:
-        """Raise CheckpointError if offsets do not rise to the number of entries, or columns within a row do not rise."""
+        """Raise CheckpointError for offsets or columns that do not ascend, or values that are not finite."""
         where = f"sparse part of shape {list(self.shape)}"
         offsets, n = self.offsets.long(), self.values.numel()
         if int(offsets[0]) != 0 or int(offsets[-1]) != n or bool((offsets[1:] < offsets[:-1]).any()):
