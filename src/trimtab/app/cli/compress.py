@@ -1,4 +1,4 @@
 """placeholder while the rest is written"""
-EXAMPLES = ()
+EXAMPLES = ("trimtab compress",)
 def run() -> None:
     """compress"""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
+import typing
 from typing import Annotated, Any
 
 import typer
@@ -35,16 +37,23 @@ def option_docs(cls: type) -> dict[str, str]:
     return found
 
 
-def _type_name(field: dataclasses.Field[Any]) -> str:
-    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+def _type_name(hint: Any) -> str:
+    """A type as a user reads it: the values to choose from, or the kind of value."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(str(value) for value in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "list of " + _type_name(typing.get_args(hint)[0])
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def options_of(cls: type) -> list[dict[str, Any]]:
     """Name, type, default and meaning of each option of a method; `default` is missing where one must be given."""
-    docs = option_docs(cls)
+    docs, hints = option_docs(cls), typing.get_type_hints(cls)
     options = []
     for field in dataclasses.fields(cls):
-        option = {"name": field.name, "type": _type_name(field), "help": docs.get(field.name, "")}
+        option = {"name": field.name, "type": _type_name(hints[field.name]), "help": docs.get(field.name, "")}
         if field.default is not dataclasses.MISSING:
             option["default"] = field.default
         elif field.default_factory is not dataclasses.MISSING:

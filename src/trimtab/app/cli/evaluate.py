@@ -1,4 +1,4 @@
 """placeholder while the rest is written"""
-EXAMPLES = ()
+EXAMPLES = ("trimtab evaluate",)
 def run() -> None:
     """evaluate"""

@@ -3,13 +3,7 @@
     rows.py      records -> rows with intervals, the Pareto front
     text.py      how figures are written
     figures.py   the pictures
-    page.py      the page
+    page.py      `render` and `write_report`: the page
 
 Draw one again, after editing the template or on another machine: `python -m trimtab.app.report DIR/runs`.
 """
-
-from __future__ import annotations
-
-from trimtab.app.report.page import render, write_report
-
-__all__ = ["render", "write_report"]

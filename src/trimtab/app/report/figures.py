@@ -27,7 +27,7 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter
 
     style = {
         "svg.fonttype": "none",
@@ -66,8 +66,8 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
             axes.axhline(base.value, color=_FAINT, lw=1, ls=":", label="uncompressed", zorder=1)
         if logarithmic:
             axes.set_yscale("log")
-            for locate in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                locate(LogFormatter(minor_thresholds=(1.5, 0.6)))
+            axes.yaxis.set_major_formatter(FuncFormatter(_log_tick))
+            axes.yaxis.set_minor_formatter(FuncFormatter(_log_tick))
         axes.set_xlabel("bytes at rest (MB)")
         axes.set_ylabel(label)
         axes.margins(x=0.14, y=0.14)
@@ -77,6 +77,11 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
     return _inline(buffer.getvalue(), f"{label} against bytes at rest; the same figures are in the table.")
+
+
+def _log_tick(value: float, _position: object) -> str:
+    """Plain numbers at 1, 2 and 5 of each decade."""
+    return f"{value:g}" if value > 0 and f"{value:e}"[0] in "125" else ""
 
 
 def _inline(svg: str, description: str) -> str:
