@@ -1,0 +1,45 @@
+"""Public names are documented: where they are defined, and on the page of the Python interface."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import trimtab
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "trimtab"
+
+
+def _undocumented(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    name = path.relative_to(PACKAGE).as_posix()
+    missing = [] if ast.get_docstring(tree) else [name]
+    return missing + [
+        f"{name}: {node.name}"
+        for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+        and not node.name.startswith("_")
+        and ast.get_docstring(node) is None
+    ]
+
+
+def test_modules_classes_and_functions_have_docstrings() -> None:
+    missing = [entry for path in sorted(PACKAGE.rglob("*.py")) for entry in _undocumented(path)]
+    assert not missing
+
+
+def test_public_names_are_on_the_page_of_the_python_interface() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    public = [name for name in trimtab._LAZY if not name.startswith("_")]
+    missing = [name for name in public if f"`tt.{name}" not in page]
+    assert not missing
+
+
+def test_every_error_is_in_the_index() -> None:
+    from trimtab.core import errors
+
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    tree = [name for name, item in vars(errors).items() if isinstance(item, type) and issubclass(item, Exception)]
+    missing = [name for name in tree if f"`{name}`" not in page]
+    assert not missing

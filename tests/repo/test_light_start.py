@@ -1,0 +1,38 @@
+"""Importing trimtab and its command line starts at once: torch and transformers come with the first use."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import trimtab.core
+
+LIGHT = ["trimtab", "trimtab.app.cli", *(f"trimtab.core.{m.name}" for m in pkgutil.iter_modules(trimtab.core.__path__))]
+SECONDS = 0.3
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_import_is_light(module: str) -> None:
+    code = (
+        f"import {module}, sys; print([m for m in ('torch', 'transformers', 'scipy', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
+def test_answers_at_once(arguments: list[str]) -> None:
+    """Processor time of the best of five, since other programs may be busy on this machine."""
+    import resource
+
+    taken = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-m", "trimtab", *arguments], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.stdout
+    assert min(taken) < SECONDS, f"took {taken} seconds"
