@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,15 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """Log-probability of `continuation` after `context`, encoded jointly."""
+    """Log-probability of `continuation` after `context`, encoded jointly.
+
+    ends   also report, as `Response.next_text`, the token that greedy decoding would put after the continuation;
+           with it, `is_greedy` tells what greedy generation of a fixed answer would have written, in one forward pass
+    """
 
     context: str
     continuation: str
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +52,28 @@ Request = LogLikelihood | Generate | Score
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """log_prob: natural log, sum over `tokens`; is_greedy: every token was the argmax; text: generated text."""
+    """What the model answered.
+
+    log_prob    natural log, summed over `tokens`
+    tokens      tokens scored, or generated
+    is_greedy   every token was the argmax
+    text        generated text, without the stop string
+    next_text   text of the most likely token after the continuation, "" for end of text; None if it was not asked for
+    """
 
     log_prob: float = 0.0
     tokens: int = 0
     is_greedy: bool = False
     text: str = ""
+    next_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A statistic with its 95 % interval, from n documents (undefined: documents without a value)."""
+    """A statistic with its 95 % interval, from n documents (undefined: documents without a value).
+
+    The interval of fewer than two independent documents is infinite, and null in JSON.
+    """
 
     value: float
     low: float
@@ -64,19 +81,24 @@ class Estimate:
     n: int
     undefined: int = 0
 
-    def to_dict(self) -> dict[str, float | int]:
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "undefined": self.undefined}
+    def to_dict(self) -> dict[str, float | int | None]:
+        low, high = (bound if math.isfinite(bound) else None for bound in (self.low, self.high))
+        return {"value": self.value, "low": low, "high": high, "n": self.n, "undefined": self.undefined}
 
 
 class Task(ABC):
-    """A named set of documents with a metric. Subclass, one file per task in evaluation/tasks/."""
+    """A named set of documents with metrics. Subclass, one file per task in evaluation/tasks/, named as the task.
+
+    higher_is_better   metric -> direction; its keys are the names of all metrics, in the order of importance
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     higher_is_better: ClassVar[Mapping[str, bool]]
 
     @abstractmethod
-    def documents(self, limit: int | None, seed: int) -> Sequence[Document]: ...
+    def documents(self, limit: int | None, seed: int) -> Sequence[Document]:
+        """At most `limit` documents (None: as many as the task finds right), the same for the same seed."""
 
     @abstractmethod
     def requests(self, document: Document) -> Mapping[str, Request]:
@@ -87,7 +109,10 @@ class Task(ABC):
         """Values of this document, by metric name; None = undefined."""
 
     @abstractmethod
-    def estimate(self, documents: Sequence[Document], values: Mapping[str, Sequence[float | None]]) -> Mapping[str, Estimate]: ...
+    def estimate(
+        self, documents: Sequence[Document], values: Mapping[str, Sequence[float | None]]
+    ) -> Mapping[str, Estimate]:
+        """Metrics with intervals, from the values of all documents, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
