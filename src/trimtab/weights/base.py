@@ -23,22 +23,25 @@ if TYPE_CHECKING:
 class WeightMethod(Method):
     """A *representation* method: replaces each targeted linear's weight by a compressed tensor.
 
-    needs      statistics of the input that `compress` wants; empty if the method uses no data
     targets    shell patterns over linear names or roles; the default takes every linear of every block
                (embeddings, norms and the output head are never touched)
     """
 
     room: ClassVar[str] = "weights"
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     targets: tuple[str, ...] = ("*",)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Statistics of the input that `compress` wants with these options; empty if it uses no data."""
+        return frozenset()
 
     @abstractmethod
     def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, dict[str, float | str]]:
         """The compressed weight of `linear` and notes for the run record (damping used, fallback taken, ...).
 
         `stats` is None exactly if `needs` is empty. All arithmetic in float32 or wider. Must be deterministic.
-        Raises ConfigError or TargetError naming the linear if the options do not fit its shape.
+        The room adds the errors that every method reports: see `trimtab.weights._compress`.
         """
 
     @abstractmethod

@@ -1,0 +1,137 @@
+"""The walk over a model's blocks that gathers statistics, compresses and replaces, one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from trimtab.core.run_record import RunRecord
+from trimtab.models.calibration import BlockStream, CalibrationSet
+from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.statistics import Stats
+from trimtab.models.views import BlockView, LinearView, ModelView
+from trimtab.tensors.metric import Metric
+from trimtab.weights._state import Compressed, State
+from trimtab.weights.base import WeightMethod
+
+Mode = Literal["sequential", "dense"]
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLoop:
+    """One compression run.
+
+    targets        names of the linears to compress
+    calibration    None exactly if the method needs no statistics
+    state          where finished blocks are kept, and taken from
+    """
+
+    model: PreTrainedModel
+    method: WeightMethod
+    targets: frozenset[str]
+    calibration: CalibrationSet | None
+    mode: Mode
+    seed: int
+    state: State | None
+    record: RunRecord
+
+    @torch.no_grad()
+    def run(self, advance: Advance) -> None:
+        """Replace all targets; calls `advance(name)` after each."""
+        view = ModelView.of(self.model)
+        to_do = [block.index for block in view.blocks if self._targeted(block.linears)]
+        finished = [index for index in to_do if self.state and self.state.has_block(index)]
+        self.record.metrics["resumed_blocks"] = len(finished)
+        last = max(set(to_do) - set(finished), default=-1)  # beyond it no statistics are wanted
+        stream = BlockStream(view, self.calibration, seed=self.seed) if self.calibration and last >= 0 else None
+        count = len(view.blocks)
+        del view  # it keeps the replaced layers alive
+        for index in range(count):
+            block = ModelView.of(self.model).blocks[index]
+            through = stream if stream and index < last else None
+            if index in finished:
+                self._take_finished(block, through, advance)
+            elif self.mode == "dense":
+                self._compress_dense(block, stream, through, advance)
+            else:
+                self._compress_sequential(block, stream, through, advance)
+
+    def _take_finished(self, block: BlockView, through: BlockStream | None, advance: Advance) -> None:
+        assert self.state
+        done = self.state.load_block(block.index)
+        if self.mode == "dense":
+            self._advance(through, block)  # the others are to see the original block's output
+        for linear in self._targeted(block.linears):
+            self._install(linear, done[linear.name], advance)
+        if self.mode == "sequential":
+            self._advance(through, block)
+
+    def _compress_dense(
+        self, block: BlockView, stream: BlockStream | None, through: BlockStream | None, advance: Advance
+    ) -> None:
+        linears = self._targeted(block.linears)
+        stats = self._gather(stream, block, linears)
+        self._advance(through, block)
+        done = {linear.name: self._compress(linear, stats.get(linear.site)) for linear in linears}
+        for linear in linears:
+            self._install(linear, done[linear.name], advance)
+        self._save(block, done)
+
+    def _compress_sequential(
+        self, block: BlockView, stream: BlockStream | None, through: BlockStream | None, advance: Advance
+    ) -> None:
+        done: dict[str, Compressed] = {}
+        for members in block.sites.values():
+            linears = self._targeted(members)
+            stats = self._gather(stream, block, linears)
+            for linear in linears:
+                done[linear.name] = self._compress(linear, stats.get(linear.site))
+                self._install(linear, done[linear.name], advance)
+        self._save(block, done)
+        self._advance(through, block)
+
+    def _targeted(self, linears: Sequence[LinearView]) -> list[LinearView]:
+        return [linear for linear in linears if linear.name in self.targets]
+
+    def _gather(self, stream: BlockStream | None, block: BlockView, linears: Sequence[LinearView]) -> dict[str, Stats]:
+        if stream is None or not linears:
+            return {}
+        with self.record.timed("calibration"):
+            return stream.gather(block, {linear.site: self.method.needs for linear in linears})
+
+    def _advance(self, stream: BlockStream | None, block: BlockView) -> None:
+        if stream is not None:
+            with self.record.timed("calibration"):
+                stream.advance(block)
+
+    def _compress(self, linear: LinearView, stats: Stats | None) -> Compressed:
+        with self.record.timed("solve"):
+            tensor, notes = self.method.compress(linear, stats)
+        weight, result = linear.weight, tensor.dequantize()
+        errors = {"relative_weight_error": Metric.identity().relative_error(weight, result)}
+        if stats is not None and stats.gram is not None:
+            metric = Metric.gram(stats.gram.to(weight.device), name=stats.site)
+            errors["relative_error"] = metric.relative_error(weight, result)
+        return Compressed(tensor, {**errors, **notes})
+
+    def _install(self, linear: LinearView, done: Compressed, advance: Advance) -> None:
+        bias = linear.module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        module = CompressedLinear(done.tensor, bias).to(linear.weight.device).train(linear.module.training)
+        linear.replace(module)
+        self.record.changed.append(_entry(linear, done))
+        advance(linear.name)
+
+    def _save(self, block: BlockView, done: dict[str, Compressed]) -> None:
+        if self.state and done:
+            self.state.save_block(block.index, done)
+
+
+def _entry(linear: LinearView, done: Compressed) -> dict[str, Any]:
+    shape = list(done.tensor.shape)
+    return {"linear": linear.name, "role": linear.role, "shape": shape, "nbytes": done.tensor.nbytes, **done.notes}

@@ -1,0 +1,123 @@
+"""What a compression run has finished, on disk, so that a killed run continues where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from trimtab.core.errors import CheckpointError
+from trimtab.core.files import atomic_directory, sha256_file, write_text_atomically
+from trimtab.tensors.compressed import CompressedTensor
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The new weight of one linear and what was noted about it."""
+
+    tensor: CompressedTensor
+    notes: Mapping[str, Any]
+
+
+class State:
+    """Finished blocks in a directory: `run.json`, then `block-0000/`, ... each written whole or not at all.
+
+    A block directory holds `tensors.safetensors` (keys `<linear>:<buffer>`) and `block.json` (spec and notes of each
+    linear, and the hash of the tensors). `run.json` says which run it belongs to: recipe, model, calibration, seed, mode.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], *, discard: bool = False) -> None:
+        """Open or begin. Raises OutputError, and CheckpointError if the directory holds the state of another run.
+
+        With `discard`, the state of another run is removed instead; a directory that is no state never is.
+        """
+        self.path = Path(path)
+        try:
+            self._open(fingerprint)
+        except CheckpointError:
+            if not (discard and (self.path / "run.json").exists()):
+                raise
+            shutil.rmtree(self.path)
+            self._open(fingerprint)
+
+    def _open(self, fingerprint: Mapping[str, Any]) -> None:
+        run = self.path / "run.json"
+        wanted = {"version": STATE_VERSION, **fingerprint}
+        if not run.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise CheckpointError(f"{self.path} is not the state of a compression run; give another directory.")
+            write_text_atomically(run, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            return
+        try:
+            found = json.loads(run.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{run} cannot be read ({error}). Remove {self.path} to begin anew.") from None
+        for name in sorted(wanted.keys() | found.keys()):
+            if found.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{self.path} holds an unfinished run with another {name}: {found.get(name)!r} there, "
+                    f"{wanted.get(name)!r} now. Repeat that run to finish it, or remove the directory to begin anew."
+                )
+
+    def save_block(self, index: int, linears: Mapping[str, Compressed]) -> None:
+        """Write a finished block. Raises OutputError; what was finished before stays."""
+        tensors = {
+            f"{name}:{key}": value.cpu().contiguous()
+            for name, done in linears.items()
+            for key, value in done.tensor.state().items()
+        }
+        with atomic_directory(self._block(index), force=True) as directory:
+            save_file(tensors, directory / "tensors.safetensors")
+            entries = {n: {"spec": done.tensor.spec(), "notes": dict(done.notes)} for n, done in linears.items()}
+            digest = sha256_file(directory / "tensors.safetensors")
+            content = json.dumps({"sha256": digest, "linears": entries}, indent=2)
+            (directory / "block.json").write_text(content, encoding="utf-8")
+
+    def has_block(self, index: int) -> bool:
+        return self._block(index).exists()
+
+    def load_block(self, index: int) -> dict[str, Compressed]:
+        """A finished block by linear. Raises CheckpointError if its files are damaged."""
+        directory = self._block(index)
+        try:
+            content = json.loads((directory / "block.json").read_text(encoding="utf-8"))
+            if sha256_file(directory / "tensors.safetensors") != content["sha256"]:
+                raise CheckpointError("the checksum of tensors.safetensors does not match")
+            grouped: dict[str, dict[str, torch.Tensor]] = {name: {} for name in content["linears"]}
+            for key, value in load_file(directory / "tensors.safetensors").items():
+                name, _, buffer = key.rpartition(":")
+                grouped[name][buffer] = value
+            return {
+                name: Compressed(CompressedTensor.from_state(entry["spec"], grouped[name]), entry["notes"])
+                for name, entry in content["linears"].items()
+            }
+        except (OSError, ValueError, KeyError, SafetensorError, CheckpointError) as error:
+            raise CheckpointError(
+                f"finished block {directory} is damaged ({error}). Remove it to compute the block again."
+            ) from None
+
+    def _block(self, index: int) -> Path:
+        return self.path / f"block-{index:04d}"
+
+
+def model_sha256(model: PreTrainedModel) -> str:
+    """Hex digest of a model's configuration and of the name, dtype, shape and bytes of all its tensors."""
+    config = {
+        k: v for k, v in model.config.to_diff_dict().items() if k not in ("_name_or_path", "transformers_version")
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
