@@ -66,7 +66,11 @@ class GroupGrid(Part):
     def quantize(
         cls, weight: Tensor, fmt: GridFormat, clip: ClipSearch | None = None, importance: Tensor | None = None
     ) -> GroupGrid:
-        """Round `weight` [out, in] to the nearest codes of its own `grid_parameters`."""
+        """Round `weight` [out, in] to the nearest codes of its own `grid_parameters`.
+
+        Quantizing the result anew may choose other scales (a symmetric group whose extreme code is 7 of -8 .. 7 has a
+        smaller range than it began with); `project`, which keeps the scales, returns the same codes bit for bit.
+        """
         scales, zeros = grid_parameters(weight, fmt, clip, importance)
         return cls.from_codes(quantize_codes(weight, scales, zeros, fmt), scales, zeros, fmt)
 

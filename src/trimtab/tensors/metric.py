@@ -11,6 +11,7 @@ All weights are in squared units: LQ-LoRA's d_row = sqrt(mean_j F_ij) is `row_co
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,7 +93,7 @@ class Metric:
 
     def weighted_norm(self, error: Tensor) -> float:
         """The root of `squared_norm`."""
-        return self.squared_norm(error) ** 0.5
+        return math.sqrt(self.squared_norm(error))
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
         """|W_hat - W|^2 / |W|^2, a ratio of squares; 0 for a zero weight kept, infinity for one changed."""
