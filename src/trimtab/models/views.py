@@ -103,7 +103,7 @@ class AttentionView:
 
     norm              its output is what q, k and v read
     rotary            queries and keys are rotated by position
-    rotary_dim        leading dimensions of each head that are rotated, in pairs (j, j + rotary_dim / 2); 0 if not rotary
+    rotary_dim        leading dimensions of each head that are rotated, pairs (j, j + rotary_dim / 2); 0 if none
     q_norm, k_norm    norms of each head's query and key before rotation, where the family has them (Qwen3, Gemma 3)
     post_norm         norm between this attention and the residual stream, where there is one (Gemma 2 and 3)
     """

@@ -1,0 +1,95 @@
+"""Write a model, compressed or not, as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+import trimtab
+from trimtab.core.errors import OutputError
+from trimtab.core.files import atomic_directory, refuse_occupied, sha256_file
+from trimtab.models.checkpoint import FORMAT_VERSION, MANIFEST, read_headers, tensor_checksums, weight_files
+from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.counting import ledger_of
+from trimtab.models.info import info_of, stored_tensors
+from trimtab.models.quantizer import TrimtabQuantizationConfig
+
+MAX_SHARD_SIZE = "5GB"
+LARGE_BYTES = 10**9
+
+
+def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) -> Path:
+    """Write the model, its tokenizer and what was done to it; `load` and `from_pretrained` give the same logits back.
+
+    The directory appears complete or not at all: what stood there is whole until the last step, also if the disk
+    fills up or the process is killed. Raises OutputError if it is not empty and `force` is not set, or cannot be
+    written. Returns the directory.
+    """
+    directory = Path(directory)
+    refuse_occupied(directory, force)
+    large = sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model).values()) > LARGE_BYTES
+    with atomic_directory(directory, force=force) as partial:
+        try:
+            with _described(model), quiet(large=large):
+                model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        except SafetensorError as error:
+            raise OutputError(f"{directory} cannot be written ({error}); nothing was changed.") from None
+        if (tokenizer := info_of(model).tokenizer) is not None:
+            tokenizer.save_pretrained(partial)
+        manifest = _manifest(model, partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return directory
+
+
+@contextmanager
+def quiet(*, large: bool) -> Iterator[None]:
+    """No progress bars of transformers, unless the model is so large that its files take seconds."""
+    hide = hf_logging.is_progress_bar_enabled() and not large
+    if hide:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _described(model: PreTrainedModel) -> Iterator[None]:
+    """While the configuration is written, it describes the compressed layers the model has now."""
+    layers = {name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    config = model.config
+    before = config.__dict__.pop("quantization_config", None)
+    if layers:
+        config.quantization_config = TrimtabQuantizationConfig(
+            layers, str(config.model_type), FORMAT_VERSION, trimtab.__version__
+        )
+    try:
+        yield
+    finally:
+        config.__dict__.pop("quantization_config", None)
+        if before is not None:
+            config.quantization_config = before
+
+
+def _manifest(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
+    info = info_of(model)
+    return {
+        "format_version": FORMAT_VERSION,
+        "trimtab_version": trimtab.__version__,
+        "model_type": str(model.config.model_type),
+        "source": info.source,
+        "recipe": None if info.recipe is None else info.recipe.to_dict(),
+        "record": None if info.record is None else info.record.to_dict(),
+        "baseline_bytes": info.baseline_bytes,
+        "ledger": ledger_of(model).to_dict(),
+        "files": {file.name: sha256_file(file) for file in sorted(directory.iterdir()) if file.is_file()},
+        "tensors": tensor_checksums(read_headers(weight_files(directory))),
+    }
