@@ -61,7 +61,11 @@ def record(label: str, method: str | None, bits: int | None, size: int, kl: floa
         command="compare",
         config={"label": label, "method": method, "bits": bits, "model": "ref", "options": {}},
         seconds={} if method is None else {"compress": 1.5 + (bits or 0)},
-        ledger={"bytes_at_rest": size, "keep_fraction": size / 14e6, "bits_per_weight": None if bits is None else bits + 0.3},
+        ledger={
+            "bytes_at_rest": size,
+            "keep_fraction": size / 14e6,
+            "bits_per_weight": None if bits is None else bits + 0.3,
+        },
         metrics={
             "tasks": {
                 "prose": {"bits_per_byte": interval(bpb, 0.02), "perplexity": interval(20 * bpb, 1.0)},

@@ -31,10 +31,8 @@ def run(
         emit_json([dataclasses.asdict(verdict) for verdict in verdicts])
     else:
         for verdict in verdicts:
-            show(
-                f"[bold]{verdict.system}[/bold] {'[green]holds[/green]' if verdict.holds else '[red]does not hold[/red]'}"
-                f" ({verdict.seconds:.1f} s)"
-            )
+            answer = "[green]holds[/green]" if verdict.holds else "[red]does not hold[/red]"
+            show(f"[bold]{verdict.system}[/bold] {answer} ({verdict.seconds:.1f} s)")
             print(f"  claim       {verdict.claim}\n  experiment  {verdict.experiment}\n  paper       {verdict.paper}")
             rows = [(_figures(dict(verdict.measured)), _figures(dict(verdict.baseline)))]
             show(table("", ("measured", "baseline"), rows))

@@ -1,4 +1,7 @@
 """placeholder while the rest is written"""
+
 EXAMPLES = ("trimtab compare",)
+
+
 def run() -> None:
     """compare"""

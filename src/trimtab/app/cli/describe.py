@@ -70,7 +70,7 @@ def run(
     info = method_info(method)
     cls = method_class(info.name)
     options = options_of(cls)
-    module_text = inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")  # type: ignore[union-attr]
+    module_text = inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")
     paragraphs = [p for p in re.split(r"\n\s*\n", module_text)[1:] if not p.startswith("Paper:")]
     if as_json:
         listed = {"name": info.name, "room": info.room, "summary": info.summary, "paper": info.paper}

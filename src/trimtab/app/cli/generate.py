@@ -30,7 +30,7 @@ def continue_text(
         raise DataError("the prompt holds no token. Give a text with -p.")
     if length + max_new_tokens > window:
         raise DataError(
-            f"prompt ({length} tokens) and --max-new-tokens {max_new_tokens} exceed the {window} positions of the model."
+            f"the prompt ({length} tokens) and --max-new-tokens {max_new_tokens} exceed the model's {window} positions."
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimtab.app.cli.options import AsJson, Model
 from trimtab.app.cli.output import emit_json, show, table
 
@@ -14,14 +16,15 @@ def run(model: Model, as_json: AsJson = False) -> None:
 
     loaded = tt.load(model)
     view = tt.ModelView.of(loaded)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": linear.name,
             "role": linear.role,
             "block": linear.block,
             "out_features": linear.out_features,
             "in_features": linear.in_features,
-            "parameters": linear.out_features * linear.in_features + (0 if linear.bias is None else linear.out_features),
+            "parameters": linear.out_features * linear.in_features
+            + (0 if linear.bias is None else linear.out_features),
             "stored_as": type(linear.module).__name__,
         }
         for linear in view.linears
@@ -34,7 +37,7 @@ def run(model: Model, as_json: AsJson = False) -> None:
         for r in rows
     ]
     columns = ("linear", "role", "out x in", "parameters", "stored as")
-    in_linears = sum(int(r["parameters"]) for r in rows)
+    in_linears = sum(r["parameters"] for r in rows)
     total = sum(p.numel() for p in loaded.parameters())
     show(
         table(f"{model} ({view.family}, {len(view.blocks)} blocks)", columns, cells, right=columns[2:4]),

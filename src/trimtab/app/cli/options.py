@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, DataError, OutputError
+from trimtab.core.files import refuse_occupied
 
 Model = Annotated[
     str,
@@ -80,19 +82,30 @@ def typed_settings(method: type, settings: dict[str, str]) -> dict[str, Any]:
     return typed
 
 
-def read_texts(files: Sequence[Path]) -> list[str]:
-    """The text of each file. Raises DataError naming the file that is missing, empty or not UTF-8."""
-    from trimtab.core.errors import DataError
+def check_text(file: Path | None) -> None:
+    """Raise DataError if a text file was given that is missing, empty or not UTF-8: before a model is loaded."""
+    if file is None:
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"text {file} is not UTF-8 (byte {error.start} cannot be read). Convert it first.") from None
+    except OSError as error:
+        raise DataError(f"text {file} cannot be read: {error.strerror}.") from None
+    if not text.strip():
+        raise DataError(f"text {file} is empty.")
 
-    texts = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 text (byte {error.start} cannot be read). Convert it first.") from None
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}.") from None
-        if not text.strip():
-            raise DataError(f"{file} holds no text.")
-        texts.append(text)
-    return texts
+
+def check_output(path: Path, force: bool, *, holds: str) -> None:
+    """Raise OutputError, before any work, if the output cannot be written.
+
+    With `force` only a directory that has the file `holds` is replaced, so that a mistyped name costs no other files.
+    """
+    refuse_occupied(path, force)
+    if path.is_dir() and any(path.iterdir()) and not (path / holds).exists():
+        raise OutputError(
+            f"output directory {path} holds other files and no {holds}; --force only replaces what trimtab has written."
+        )
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"output {path} cannot be written: {existing} is not a directory that you may write to.")

@@ -6,6 +6,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from trimtab.app.report.rows import Interval, Row, pareto_front
 
@@ -29,7 +30,7 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "trimtab",
         "font.family": "sans-serif",

@@ -52,7 +52,10 @@ def _pictures(rows: Sequence[Row]) -> list[dict[str, str]]:
     prose = pareto_svg(rows, lambda row: row.bits_per_byte, "bits per byte of held-out prose", logarithmic=False)
     pictures = [
         {"svg": kl, "caption": "Distance from the uncompressed model, on a logarithmic scale. Lower left is better."},
-        {"svg": prose, "caption": "Quality as a language model. Lower left is better; the dotted line is uncompressed."},
+        {
+            "svg": prose,
+            "caption": "Quality as a language model. Lower left is better; the dotted line is uncompressed.",
+        },
     ]
     return [picture for picture in pictures if picture["svg"]]
 
@@ -103,7 +106,7 @@ def render(records: Sequence[RunRecord]) -> str:
         ],
         "facts": _facts(first),
     }
-    return _template().render(context)
+    return str(_template().render(context))
 
 
 @functools.cache
