@@ -1,0 +1,42 @@
+"""Floor 2: what a model can do, and what an intervention cost it, always with intervals. Read base.py first.
+
+Names are imported on first use, so that listing tasks needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.evaluation.client import LocalClient as LocalClient
+    from trimtab.evaluation.comparison import compare as compare
+    from trimtab.evaluation._evaluate import evaluate as evaluate
+    from trimtab.evaluation._evaluate import to_json as to_json
+    from trimtab.evaluation.kl import NextTokens as NextTokens
+    from trimtab.evaluation.kl import fidelity as fidelity
+    from trimtab.evaluation.outliers import inject_outliers as inject_outliers
+    from trimtab.evaluation.tasks import task as task
+    from trimtab.evaluation.tasks import task_names as task_names
+
+_LAZY = {
+    "LocalClient": "client",
+    "NextTokens": "kl",
+    "compare": "comparison",
+    "evaluate": "_evaluate",
+    "fidelity": "kl",
+    "inject_outliers": "outliers",
+    "task": "tasks",
+    "task_names": "tasks",
+    "to_json": "_evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"trimtab.evaluation.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'trimtab.evaluation' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 
@@ -116,10 +116,53 @@ class Task(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric of a model against that of its reference, document by document.
+
+    difference   model minus reference, paired
+    recovery     share of the reference's figure that is kept: model / reference, or its inverse where lower is better
+                 (1: nothing lost); None if the reference's figure is zero or below
+    gained       documents that the model has right and the reference has not; None for other than zeros and ones
+    lost         the other way round
+    p_value      exact McNemar for zeros and ones, else a paired t-test
+    p_holm       p_value adjusted for the number of comparisons made at once
+    detectable   smallest true difference that these documents would show four times in five
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    difference: Estimate
+    recovery: Estimate | None
+    gained: int | None
+    lost: int | None
+    p_value: float
+    p_holm: float
+    detectable: float
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["difference"] = self.difference.to_dict()
+        data["recovery"] = self.recovery.to_dict() if self.recovery else None
+        data["detectable"] = self.detectable if math.isfinite(self.detectable) else None
+        return data
+
+
+@dataclass(frozen=True, slots=True)
 class TaskResult:
-    """metrics: name -> estimate; values: name -> per-document values, in the order of `ids`, for paired comparison."""
+    """What a task measured of one model.
+
+    metrics       name -> estimate
+    ids           the documents, in their order
+    values        name -> per-document values (None: undefined, or of another condition), for paired comparison
+    clusters      cluster of each document
+    comparisons   against the reference, if one was given
+    """
 
     task: str
     metrics: Mapping[str, Estimate]
     ids: tuple[str, ...]
-    values: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    values: Mapping[str, tuple[float | None, ...]]
+    clusters: tuple[str | None, ...]
+    higher_is_better: Mapping[str, bool]
+    comparisons: tuple[Comparison, ...] = ()

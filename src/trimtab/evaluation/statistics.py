@@ -103,17 +103,24 @@ def ratio_of_sums(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """sum(numerators) / sum(denominators), e.g. bits per byte; percentile bootstrap, both resampled jointly."""
+    """sum(numerators) / sum(denominators), e.g. bits per byte; percentile bootstrap, both resampled jointly.
+
+    Raises DataError if the denominators sum to zero.
+    """
     tops, bottoms = _array(numerators, "numerators"), _array(denominators, "denominators")
     if tops.size != bottoms.size:
         raise DataError(f"statistics: {tops.size} numerators for {bottoms.size} denominators.")
     index = _cluster_index(clusters, tops.size)
     top, bottom = np.bincount(index, weights=tops), np.bincount(index, weights=bottoms)
+    if bottom.sum() == 0:
+        raise DataError("statistics: a ratio of sums needs denominators that do not sum to zero.")
     value = float(top.sum() / bottom.sum())
     if top.size < 2:
         return Estimate(value, -math.inf, math.inf, tops.size)
     picks = np.random.default_rng(seed).integers(top.size, size=(resamples, top.size))
-    low, high = _percentiles(top[picks].sum(axis=1) / bottom[picks].sum(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may hold no denominator at all: infinite, or 0/0
+        drawn = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
+    low, high = _percentiles(drawn[~np.isnan(drawn)])
     return Estimate(value, low, high, tops.size)
 
 
@@ -159,7 +166,7 @@ def bootstrap(
 
 def _percentiles(drawn: Array) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail])
+    low, high = np.percentile(drawn, [tail, 100 - tail], method="inverted_cdf")
     return float(low), float(high)
 
 
