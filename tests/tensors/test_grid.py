@@ -116,7 +116,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(case: tuple[torch.Tensor,
     error = (grid.dequantize().double() - w).abs()
     assert bool((error[inside] <= scales[inside] / 2 * (1 + 1e-4)).all())
     # Outside, a weight takes the nearest end. At most half a step is lost to the symmetric grid's missing positive code
-    # or to the rounded zero, and another to the rounding of the scale, once per code (a float16 scale may be subnormal).
+    # or to the rounded zero, and another to the rounding of the scale, once per code (float16 scales may be subnormal).
     rounding = (scales * torch.finfo(grid.scales.dtype).eps).clamp(min=2.0**-24 if fmt.scale_dtype == "float16" else 0)
     assert bool((error <= 1.001 * scales + fmt.levels * rounding).all())
 
@@ -297,7 +297,9 @@ def test_group_of_the_whole_axis() -> None:
 def test_more_bits_or_smaller_groups_are_better(gaussian: torch.Tensor) -> None:
     def error(**options: object) -> float:
         weight = gaussian[:64]
-        return float((GroupGrid.quantize(weight, GridFormat.from_options(options)).dequantize() - weight).square().mean())
+        return float(
+            (GroupGrid.quantize(weight, GridFormat.from_options(options)).dequantize() - weight).square().mean()
+        )
 
     assert error(bits=2) > error(bits=3) > error(bits=4) > error(bits=8)
     assert error(group_size=-1) > error(group_size=128) > error(group_size=32)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trimtab.tensors.rotation import Rotation as Rotation
     from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
 
-# Lazy: kernels import packing.py from here, and the grid imports the kernels.
+# Lazy: `import trimtab.tensors` costs nothing until a part is used.
 _MODULES = {
     "Part": "base",
     "CompressedTensor": "compressed",

@@ -25,7 +25,7 @@ from trimtab.tensors.grid_format import (
     spread_parameters,
 )
 from trimtab.tensors.grid_search import IMATRIX_SEARCH, MSE_SEARCH, ClipSearch, grid_parameters, group_parameters
-from trimtab.tensors.packing import pack, packed_bytes, unpack
+from trimtab.kernels.packing import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
