@@ -35,8 +35,8 @@ __all__ = ["BlockStream", "CalibrationSet", "gather_dense"]
 CHUNK_TOKENS = 4096
 
 
-class _Gathered(Exception):  # noqa: N818 - a signal, not an error
-    """Raised inside a block once the last wanted site has been seen: the rest of the block need not run."""
+class _Gathered(Exception):
+    """A signal, not an error: the last wanted site of the block has been seen, the rest of it need not run."""
 
 
 class BlockStream:
@@ -119,6 +119,11 @@ class BlockStream:
         if self._hidden is None:
             self._hidden = produced
 
+    def hidden(self, index: int) -> Tensor:
+        """Hidden states [sequences, length, width] of chunk `index`, in front of the block the stream has come to."""
+        assert self._hidden is not None, "in front of the first block: the model makes its input"
+        return self._hidden[index]
+
     @property
     def _chunks(self) -> int:
         return -(-len(self.calibration.tokens) // self._chunk)
@@ -182,14 +187,19 @@ def _substituted(blocks: Iterable[nn.Module], block: nn.Module, substitute: Call
 
 
 def gather_dense(
-    view: ModelView, calibration: CalibrationSet, needs: Mapping[str, Iterable[Need]], *, seed: int = 0
+    view: ModelView,
+    calibration: CalibrationSet,
+    needs: Mapping[str, Iterable[Need]],
+    *,
+    seed: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Iterator[dict[str, Stats]]:
     """Statistics of the model as it is, one block after another: a single pass that serves several methods.
 
     `needs` is site -> statistics. Yields site -> Stats of each block in turn and holds no more than one block's; pass
     the union of them to `save_statistics` to keep them.
     """
-    stream = BlockStream(view, calibration, seed=seed)
+    stream = BlockStream(view, calibration, seed=seed, chunk_tokens=chunk_tokens)
     for block in view.blocks:
         yield stream.gather(block, {site: needs[site] for site in block.sites if site in needs})
         if block is not view.blocks[-1]:

@@ -9,13 +9,16 @@ from trimtab.core.registry import room_exports
 
 if TYPE_CHECKING:
     from trimtab.weights._compress import compress as compress
+    from trimtab.weights._compress import compress_to as compress_to
     from trimtab.weights.gptq import Gptq as Gptq
     from trimtab.weights.rtn import Rtn as Rtn
 
+_FUNCTIONS = ("compress", "compress_to")
+
 
 def __getattr__(name: str) -> Any:
-    if name == "compress":
-        return importlib.import_module("trimtab.weights._compress").compress
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module("trimtab.weights._compress"), name)
     exports = room_exports("weights")
     if name in exports:
         return getattr(importlib.import_module(exports[name]), name)
@@ -23,4 +26,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(["compress", *room_exports("weights")])
+    return sorted([*_FUNCTIONS, *room_exports("weights")])

@@ -20,8 +20,8 @@ from trimtab.core.recipe import Recipe
 from trimtab.core.run_record import RunRecord, versions
 from trimtab.models.calibration import CalibrationSet
 from trimtab.models.info import info_of, tokenizer_of
-from trimtab.models.ledger import ledger_of
-from trimtab.models.save import save
+from trimtab.models.counting import ledger_of
+from trimtab.models.saving import save
 from trimtab.models.views import LinearView, ModelView
 from trimtab.weights._loop import BlockLoop, Mode
 from trimtab.weights._state import State, model_sha256
@@ -162,8 +162,8 @@ def _check_weight(linear: LinearView) -> None:
     if not bool(finite.all()):
         row, column = (int(i) for i in (~finite).nonzero()[0])
         raise NumericsError(
-            f"the weight of {linear.name} holds {int(weight.isnan().sum())} NaN and {int(weight.isinf().sum())} infinite "
-            f"values, the first at row {row}, column {column}. The model is damaged: get it again, or train without overflow."
+            f"the weight of {linear.name} holds {int(weight.isnan().sum())} NaN and {int(weight.isinf().sum())} "
+            f"infinite values, the first at row {row}, column {column}. The model is damaged: get it again."
         )
 
 

@@ -34,7 +34,8 @@ class State:
     """Finished blocks in a directory: `run.json`, then `block-0000/`, ... each written whole or not at all.
 
     A block directory holds `tensors.safetensors` (keys `<linear>:<buffer>`) and `block.json` (spec and notes of each
-    linear, and the hash of the tensors). `run.json` says which run it belongs to: recipe, model, calibration, seed, mode.
+    linear, and the hash of the tensors). `run.json` says which run it is: recipe, model, calibration, seed, mode and
+    versions.
     """
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], *, discard: bool = False) -> None:

@@ -78,7 +78,8 @@ class Gptq(GridMethod):
         return frozenset({"gram"})
 
     def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, dict[str, float | str]]:
-        assert stats is not None and stats.gram is not None
+        assert stats is not None
+        assert stats.gram is not None
         weight = linear.weight.float()
         metric = Metric.gram(stats.gram.to(weight.device), name=f"the input of {linear.name}")
         assert metric.column is not None
@@ -95,7 +96,7 @@ class Gptq(GridMethod):
             codes = quantize_codes(weight, scales, zeros, self.format)
         else:
             dead = metric.column == 0
-            weight = torch.where(dead, 0.0, weight)
+            weight = torch.where(dead, 0.0, weight)  # a copy, which the solver overwrites
             codes, scales, zeros, loss = self._solve(weight, inverse.factor, order, metric.column)
             notes |= {"damping": inverse.damping, "dead_columns": int(dead.sum()), "gptq_loss": loss}
         return CompressedTensor(parts=(GroupGrid.from_codes(codes, scales, zeros, self.format),)), notes
