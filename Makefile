@@ -18,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check bench claims readme docs peers clean
+.PHONY: help demo test test-slow check bench claims results readme docs peers clean
 
 help:
 	@echo "make demo       install, then compress and measure the shipped model (offline)"
@@ -26,7 +26,8 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      formatting, lint, types, import floors, repository hygiene"
 	@echo "make bench      measure the kernels; writes benchmarks/results/"
-	@echo "make claims     test what the papers say; writes claims/results/"
+	@echo "make claims     test what the papers say; writes benchmarks/results/"
+	@echo "make results    compare all methods on the shipped model; writes benchmarks/results/"
 	@echo "make readme     redraw the results tables of README.md and docs/ from the committed results"
 	@echo "make docs       build the documentation into site/"
 	@echo "make peers      tests against other libraries, in an environment of their own"
@@ -71,16 +72,19 @@ check: $(VENV)/.installed-dev
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/repo
 
 bench: $(VENV)/.installed
-	$(BIN)/trimtab bench --out benchmarks/results
+	@$(BIN)/python scripts/record_results.py kernels
 
 claims: $(VENV)/.installed
-	$(BIN)/trimtab claims --out claims/results
+	@$(BIN)/python scripts/record_results.py claims
+
+results: $(VENV)/.installed
+	@$(BIN)/python scripts/record_results.py compare
 
 readme: $(VENV)/.installed
-	$(BIN)/python scripts/results_tables.py
+	@$(BIN)/python scripts/results_tables.py
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 peers: $(VENV)-peers/.installed
 	@$(ONE_THREAD) $(VENV)-peers/bin/python -m pytest -q -m "peers and not gpu" --timeout 3600 $(PYTEST_ARGS)

@@ -1,0 +1,91 @@
+"""Measure and keep the result: run one measurement and write benchmarks/results/THEME_MACHINE_DATE.json.
+
+    python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
+    python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
+    python scripts/record_results.py kernels    the kernel benchmarks
+
+Result files are added and not edited; a second run on the same day and machine replaces that day's file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.files import write_text_atomically
+from trimtab.core.run_record import RunRecord
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+DOES_NOT_HOLD = 3
+METHODS, BITS = "rtn,gptq", "2,3,4,8"
+
+
+def trimtab(*arguments: str, accept: Sequence[int] = (0,)) -> tuple[Any, int]:
+    """The JSON document that a command writes last, and its exit status."""
+    done = subprocess.run([sys.executable, "-m", "trimtab", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode not in accept:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1]), done.returncode
+
+
+def compare() -> tuple[dict[str, Any], int]:
+    """All methods of the weights room on `ref`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "comparison")
+        records, status = trimtab("compare", "ref", "--methods", METHODS, "--bits", BITS, "-o", out, "--json")
+    for record in records:
+        record["metrics"].pop("samples", None)
+    return {"records": records}, status
+
+
+def claims() -> tuple[dict[str, Any], int]:
+    """All claims."""
+    verdicts, status = trimtab("claims", "--json", accept=(0, DOES_NOT_HOLD))
+    return {"verdicts": verdicts}, status
+
+
+def kernels() -> tuple[dict[str, Any], int]:
+    """All kernel benchmarks."""
+    entries, status = trimtab("bench", "--json")
+    return {"entries": entries}, status
+
+
+THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {"compare": compare, "claims": claims, "kernels": kernels}
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """A short name for file names, from the processor and the number of cores: `xeon-platinum-8481c-2`."""
+    words = re.sub(r"\(r\)|\(tm\)|@.*|\bcpu\b|\bprocessor\b|\bintel\b", " ", machine["cpu"].lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", words), str(machine["cores"])])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure one theme and write its file."""
+    if len(arguments) != 1 or arguments[0] not in THEMES:
+        print(f"usage: python scripts/record_results.py {'|'.join(THEMES)}", file=sys.stderr)
+        return 2
+    record = RunRecord(command=arguments[0])
+    with record.timed("total"):
+        measured, status = THEMES[arguments[0]]()
+    document = {
+        "started": record.started,
+        "seconds": record.seconds["total"],
+        "machine": record.machine,
+        "versions": record.versions,
+        **measured,
+    }
+    path = RESULTS / f"{arguments[0]}_{machine_name(record.machine)}_{record.started[:10]}.json"
+    write_text_atomically(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+    print(path)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,178 @@
+"""Draw the tables of results in README.md and docs/ from the committed result files.
+
+    python scripts/results_tables.py            rewrite the tables
+    python scripts/results_tables.py --check    exit with status 1 if a table is not what its result file says
+
+A table stands between `<!-- results: THEME [METHOD] -->` and `<!-- end results -->`. It is drawn from the newest file
+`benchmarks/results/THEME_MACHINE_DATE.json` (record_results.py writes them).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.app.report import text
+from trimtab.app.report.rows import Row, row_of
+from trimtab.core.run_record import RunRecord
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- results: (\w+)(?: ([\w-]+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
+
+Document = Mapping[str, Any]
+
+
+def documents_with_tables() -> list[Path]:
+    """Pages that may hold tables; the skeleton of a method's page is not one of them."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in pages if not page.name.startswith("_")]
+
+
+def newest(theme: str) -> Document | None:
+    """The newest committed result of a theme, by the date in its name."""
+    files = sorted(RESULTS.glob(f"{theme}_*.json"), key=lambda file: file.stem.rpartition("_")[2])
+    if not files:
+        return None
+    document: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    document["file"] = files[-1].relative_to(ROOT).as_posix()
+    return document
+
+
+def compare_table(document: Document, method: str | None) -> str:
+    """Rows of `trimtab compare`: the uncompressed model first; with `method`, only that method's."""
+    rows = [row_of(RunRecord.from_dict(record)) for record in document["records"]]
+    chosen = [row for row in rows if row.baseline or method in (None, row.method)]
+    if all(row.baseline for row in chosen):
+        return ""
+    tasks = _tasks_to_show(rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "": lambda row: row.label,
+        "bytes at rest": lambda row: text.size(row.bytes_at_rest),
+        "kept": lambda row: f"{row.keep_fraction:.2f}",
+        "bits per weight": lambda row: text.NOTHING if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
+        "bits per byte of prose": lambda row: text.interval(row.bits_per_byte),
+        "KL to the original (nats per token)": lambda row: text.interval(row.kl),
+        **{task: _task_cell(key) for task, key in tasks.items()},
+        "tokens/s": lambda row: (
+            text.NOTHING if row.tokens_per_second is None else text.number(row.tokens_per_second.value)
+        ),
+        "time to compress": lambda row: text.seconds(row.compress_seconds),
+    }
+    table = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in chosen])
+    return f"{table}\n\n{source_line(document, 'Brackets hold 95 % intervals.')}"
+
+
+def _task_cell(key: tuple[str, str]) -> Callable[[Row], str]:
+    return lambda row: text.interval(row.tasks.get(key))
+
+
+def _tasks_to_show(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """The main metric of the tasks that the table has room for."""
+    first: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        for task, metric in row.tasks:
+            first.setdefault(task, (task, metric))
+    return {task: first[task] for task in ("recall", "facts", "format") if task in first}
+
+
+def claims_table(document: Document, method: str | None) -> str:
+    """Verdicts: what the paper says, what was measured, the baseline beside it, whether it holds."""
+    verdicts = [v for v in document["verdicts"] if method in (None, v["system"])]
+    if not verdicts:
+        return ""
+    columns = ["claim", "measured", "baseline", "verdict"]
+    rows = [
+        [
+            v["claim"] if method else f"**{v['system']}**: {v['claim']}",
+            _figures(v["measured"]),
+            _figures(v["baseline"]),
+            "holds" if v["holds"] else "does not hold here",
+        ]
+        for v in verdicts
+    ]
+    return f"{markdown(columns, rows)}\n\n{source_line(document)}"
+
+
+def _figures(numbers: Mapping[str, float]) -> str:
+    return "<br>".join(f"{name.replace('_', ' ')} {text.number(value)}" for name, value in numbers.items())
+
+
+def kernels_table(document: Document, _: str | None) -> str:
+    """Entries of `trimtab bench`, one row per system and setting."""
+    entries = document["entries"]
+    figures = list(dict.fromkeys(k for e in entries for k in e if k not in ("bench", "system", "setting")))
+    columns = ["operation", "system", "setting", *(figure.replace("_", " ") for figure in figures)]
+    rows = [
+        [e["bench"], e["system"], _setting(e["setting"]), *(_figure(e.get(figure)) for figure in figures)]
+        for e in entries
+    ]
+    return f"{markdown(columns, rows)}\n\n{source_line(document)}"
+
+
+def _setting(setting: object) -> str:
+    if isinstance(setting, Mapping):
+        return ", ".join(f"{name} {value}" for name, value in setting.items())
+    return str(setting)
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return text.number(float(value))
+    return text.NOTHING if value is None else str(value)
+
+
+TABLES: dict[str, Callable[[Document, str | None], str]] = {
+    "compare": compare_table,
+    "claims": claims_table,
+    "kernels": kernels_table,
+}
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left, others right unless they hold sentences."""
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def source_line(document: Document, note: str = "") -> str:
+    """Where the numbers come from."""
+    machine, versions = document["machine"], document["versions"]
+    place = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, {document['started'][:10]}"
+    return f"{note} {place}; `{document['file']}`.".strip()
+
+
+def drawn(page: str) -> str:
+    """The page with its tables drawn anew."""
+
+    def draw(match: re.Match[str]) -> str:
+        opening, theme, method, closing = match.groups()
+        if theme not in TABLES:
+            raise KeyError(f"no table '{theme}'; known: {', '.join(TABLES)}")
+        document = newest(theme)
+        table = TABLES[theme](document, method) if document else ""
+        return f"{opening}\n{table or 'No results are committed yet.'}\n\n{closing}"
+
+    return MARKED.sub(draw, page)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw, or with --check compare."""
+    stale = []
+    for path in documents_with_tables():
+        before = path.read_text(encoding="utf-8")
+        after = drawn(before)
+        if after != before:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if "--check" not in arguments:
+                path.write_text(after, encoding="utf-8")
+    print("\n".join(stale) if stale else "all tables are as the result files say")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
