@@ -19,8 +19,8 @@ from trimtab.core.files import refuse_occupied
 from trimtab.core.recipe import Recipe
 from trimtab.core.run_record import RunRecord, versions
 from trimtab.models.calibration import CalibrationSet
-from trimtab.models.info import info_of, tokenizer_of
 from trimtab.models.counting import ledger_of
+from trimtab.models.info import info_of, tokenizer_of
 from trimtab.models.saving import save
 from trimtab.models.views import LinearView, ModelView
 from trimtab.weights._loop import BlockLoop, Mode

@@ -1,0 +1,21 @@
+"""One line per method and set of options; the shared suite runs every check on every line.
+
+The random models are 48 and 112 wide, so groups are of 16 or whole rows here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("rtn", {"bits": 4, "group_size": 16}),
+    ("rtn", {"bits": 3, "group_size": -1, "symmetric": True}),
+    ("rtn", {"bits": 2, "group_size": 16, "clip": "mse"}),
+    ("rtn", {"bits": 8, "group_size": 16, "clip": "imatrix", "scale_dtype": "float32"}),
+    ("gptq", {"bits": 4, "group_size": 16}),
+    ("gptq", {"bits": 3, "group_size": -1, "symmetric": True, "block_size": 10}),
+    ("gptq", {"bits": 2, "group_size": 16, "act_order": True}),
+    ("gptq", {"bits": 3, "group_size": 16, "static_groups": True, "clip": "imatrix"}),
+]
+
+IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in CASES]
