@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimtab.evaluation.client import LocalClient as LocalClient
-    from trimtab.evaluation.comparison import compare as compare
     from trimtab.evaluation._evaluate import evaluate as evaluate
     from trimtab.evaluation._evaluate import to_json as to_json
+    from trimtab.evaluation.client import LocalClient as LocalClient
+    from trimtab.evaluation.comparison import compare as compare
     from trimtab.evaluation.kl import NextTokens as NextTokens
     from trimtab.evaluation.kl import fidelity as fidelity
     from trimtab.evaluation.outliers import inject_outliers as inject_outliers

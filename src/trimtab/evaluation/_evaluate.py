@@ -29,7 +29,7 @@ def evaluate(
     seed: int = 0,
     reference: PreTrainedModel | str | Results | None = None,
     text: str | Path | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
 ) -> dict[str, TaskResult]:
     """Ask the model the documents of some tasks; metrics come with 95 % intervals.
 

@@ -55,7 +55,7 @@ class LocalClient:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int = 2048,
         window: int | None = None,
         stride: int | None = None,
         overflow: Literal["error", "truncate"] = "error",
@@ -99,7 +99,7 @@ class LocalClient:
         groups = list(batches(forwards(scored), self.batch_tokens))
         turns = list(self._turns(prompts))
         answers: dict[int, Response] = {}
-        with _inference(self.model), progress(description, len(groups) + len(turns)) as advance:
+        with inference(self.model), progress(description, len(groups) + len(turns)) as advance:
             answers |= self._score(groups, advance)
             for turn in turns:
                 answers |= self._generate(turn)
@@ -280,7 +280,7 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 @contextmanager
-def _inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients, and the mode the model had before afterwards."""
     training = model.training
     model.train(False)

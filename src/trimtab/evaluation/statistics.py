@@ -78,7 +78,7 @@ def proportion(values: Sequence[float] | Array, clusters: Clusters = None, undef
     if clusters is not None and index.max() > 0 and 0 < p < 1:
         effect = max(1.0, _clustered_variance(array, index)[0] / (p * (1 - p) / (n - 1)))
     elif clusters is not None:
-        effect = n / (index.max() + 1)  # all alike, or one cluster: count clusters, the most cautious reading
+        effect = n / (int(index.max()) + 1)  # all alike, or one cluster: count clusters, the most cautious reading
     low, high = wilson(p * n / effect, n / effect)
     return Estimate(p, low, high, n, undefined)
 

@@ -1,0 +1,146 @@
+"""How far a compressed model's next-token distributions are from the original's: they move before accuracy does."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.core.errors import BudgetError, ConfigError, DataError, NumericsError
+from trimtab.core.progress import progress
+from trimtab.evaluation import statistics
+from trimtab.evaluation.base import Estimate
+from trimtab.evaluation.client import context_length, inference
+from trimtab.evaluation.encoding import Encoder
+from trimtab.evaluation.tasks._prose import held_out_prose, read_text
+from trimtab.models import tokenizer_of
+
+WINDOWS = 24
+LENGTH = 256
+MAX_BYTES = 1 << 30
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """Next-token log-probabilities of one model on fixed windows of text, kept so that the model itself can go.
+
+    tokens      [windows, length + 1] int64; the first of each is BOS
+    log_probs   one [windows, length, vocabulary] float32 tensor per batch, natural log, on the CPU
+    """
+
+    tokens: Tensor
+    log_probs: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str | Path | None = None,
+        windows: int = WINDOWS,
+        length: int = LENGTH,
+        seed: int = 0,
+        max_bytes: int = MAX_BYTES,
+    ) -> NextTokens:
+        """Read the model's predictions on held-out prose, or on the file `text`. Memory is at most `max_bytes`.
+
+        Raises BudgetError if the log-probabilities need more (the message says how many windows fit), DataError if
+        the text has fewer than two windows.
+        """
+        tokens = window_tokens(model, tokenizer or tokenizer_of(model), text, windows, length, seed)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        per_window = (tokens.shape[1] - 1) * vocabulary * 4
+        if tokens.shape[0] * per_window > max_bytes:
+            raise BudgetError(
+                f"log-probabilities of {tokens.shape[0]} windows of {tokens.shape[1] - 1} tokens over {vocabulary} "
+                f"words take {tokens.shape[0] * per_window:,} bytes; max_bytes={max_bytes:,} holds "
+                f"{max_bytes // per_window} windows. Ask for fewer, or give the reference model itself, which is "
+                "then read batch by batch."
+            )
+        return cls(tokens, tuple(_read(model, tokens, "reference")))
+
+
+def window_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path | None,
+    windows: int,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """[windows, length + 1]: BOS, then adjoining pieces of the text, of which `windows` are drawn by the seed."""
+    if windows < 2 or length < 1:
+        raise ConfigError(f"fidelity needs at least 2 windows of 1 token, not {windows} of {length}.")
+    length = min(length, context_length(model, tokenizer) or length)
+    encoder = Encoder(tokenizer)
+    ids = encoder.ids(held_out_prose() if text is None else read_text(text))
+    whole = len(ids) // length
+    if whole < 2:
+        raise DataError(f"{text or 'the text'} has {len(ids)} tokens; two windows of {length} are the least.")
+    chosen = sorted(random.Random(f"trimtab windows {seed}").sample(range(whole), min(windows, whole)))
+    return torch.tensor([[encoder.start_token, *ids[i * length : (i + 1) * length]] for i in chosen])
+
+
+def _read(model: PreTrainedModel, tokens: Tensor, description: str) -> Iterator[Tensor]:
+    """Log-probabilities [windows, length, vocabulary] of one batch of windows after the other, always cut alike."""
+    size = max(1, _BATCH_TOKENS // tokens.shape[1])
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    groups = torch.split(tokens, size)
+    with inference(model), progress(description, len(groups)) as advance:
+        for group in groups:
+            logits = model(input_ids=group[:, :-1].to(model.device), **options).logits.float()
+            log_probs = logits.log_softmax(dim=-1).cpu()
+            if not bool(torch.isfinite(log_probs).all()):
+                raise NumericsError(f"{type(model).__name__} gives NaN or infinite log-probabilities.")
+            yield log_probs
+            advance("")
+
+
+def fidelity(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | NextTokens,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: str | Path | None = None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Faithfulness of `model` to `reference` per token of held-out prose, with 95 % intervals over windows.
+
+    kl_nats_per_token   mean over tokens of sum_v p(v) (log p(v) - log q(v)), p the reference's, q the model's; nats
+    top1_agreement      share of tokens at which both find the same token most likely
+    gold_nats_change    mean increase of -log q(next token of the text) over the reference's; nats
+
+    `reference` is a model, which is read batch by batch beside this one, or what `NextTokens.of` kept of it, whose
+    windows are then used and the other options ignored.
+    """
+    if isinstance(reference, NextTokens):
+        tokens, theirs = reference.tokens, iter(reference.log_probs)
+    else:
+        tokens = window_tokens(model, tokenizer or tokenizer_of(reference), text, windows, length, seed)
+        theirs = _read(reference, tokens, "reference")
+    kl, agree, change, count = [], [], [], []
+    start = 0
+    for ours, p in zip(_read(model, tokens, "fidelity"), theirs, strict=True):
+        if ours.shape != p.shape:
+            raise ConfigError(
+                f"the model predicts {ours.shape[-1]} tokens and the reference {p.shape[-1]}; fidelity compares models "
+                "of one vocabulary."
+            )
+        gold = tokens[start : start + len(ours), 1:, None]
+        start += len(ours)
+        kl += ((p.exp() * (p - ours)).sum(dim=-1).double().sum(dim=1)).tolist()
+        agree += (ours.argmax(dim=-1) == p.argmax(dim=-1)).double().sum(dim=1).tolist()
+        change += (p - ours).gather(2, gold)[..., 0].double().sum(dim=1).tolist()
+        count += [float(ours.shape[1])] * len(ours)
+    sums = {"kl_nats_per_token": kl, "top1_agreement": agree, "gold_nats_change": change}
+    return {name: statistics.ratio_of_sums(values, count) for name, values in sums.items()}
