@@ -27,7 +27,7 @@ help:
 	@echo "make check      formatting, lint, types, import floors, repository hygiene"
 	@echo "make bench      measure the kernels; writes benchmarks/results/"
 	@echo "make claims     test what the papers say; writes benchmarks/results/"
-	@echo "make results    compare all methods on the shipped model; writes benchmarks/results/"
+	@echo "make results    evaluate the shipped models and compare all methods on ref; writes benchmarks/results/"
 	@echo "make readme     redraw the results tables of README.md and docs/ from the committed results"
 	@echo "make docs       build the documentation into site/"
 	@echo "make peers      tests against other libraries, in an environment of their own"
@@ -78,6 +78,7 @@ claims: $(VENV)/.installed
 	@$(BIN)/python scripts/record_results.py claims
 
 results: $(VENV)/.installed
+	@$(BIN)/python scripts/record_results.py evaluate
 	@$(BIN)/python scripts/record_results.py compare
 
 readme: $(VENV)/.installed

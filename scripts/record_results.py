@@ -2,6 +2,7 @@
 
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
+    python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py kernels    the kernel benchmarks
 
 Result files are added and not edited; a second run on the same day and machine replaces that day's file.
@@ -57,7 +58,17 @@ def kernels() -> tuple[dict[str, Any], int]:
     return {"entries": entries}, status
 
 
-THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {"compare": compare, "claims": claims, "kernels": kernels}
+def evaluate() -> tuple[dict[str, Any], int]:
+    """All tasks on both reference models."""
+    return {"models": {name: trimtab("evaluate", name, "--json")[0] for name in ("ref", "ref-mini")}}, 0
+
+
+THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {
+    "compare": compare,
+    "claims": claims,
+    "evaluate": evaluate,
+    "kernels": kernels,
+}
 
 
 def machine_name(machine: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.app.report import text
-from trimtab.app.report.rows import Row, row_of
+from trimtab.app.report.rows import Interval, Row, row_of
 from trimtab.core.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,9 +126,26 @@ def _figure(value: object) -> str:
     return text.NOTHING if value is None else str(value)
 
 
+def evaluate_table(document: Document, _: str | None) -> str:
+    """Task metrics of the reference models, one column per model."""
+    models = document["models"]
+    tasks = next(iter(models.values()))["tasks"]
+    rows = [
+        [
+            task,
+            metric.replace("_", " "),
+            *(text.interval(Interval.of(m["tasks"][task][metric])) for m in models.values()),
+        ]
+        for task, metrics in tasks.items()
+        for metric in metrics
+    ]
+    return f"{markdown(['task', 'metric', *models], rows)}\n\n{source_line(document, 'Brackets hold 95 % intervals.')}"
+
+
 TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "compare": compare_table,
     "claims": claims_table,
+    "evaluate": evaluate_table,
     "kernels": kernels_table,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import trimtab
@@ -43,3 +44,25 @@ def test_every_error_is_in_the_index() -> None:
     tree = [name for name, item in vars(errors).items() if isinstance(item, type) and issubclass(item, Exception)]
     missing = [name for name in tree if f"`{name}`" not in page]
     assert not missing
+
+
+def test_every_task_is_on_the_page_of_evaluation() -> None:
+    from trimtab.evaluation.tasks import task_names
+
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    missing = [name for name in task_names() if f"| `{name}` |" not in page]
+    assert not missing
+
+
+def test_every_kind_of_part_is_on_the_page_of_formats() -> None:
+    import pkgutil
+
+    from trimtab import tensors
+    from trimtab.tensors.base import PART_KINDS
+
+    for module in pkgutil.iter_modules(tensors.__path__, "trimtab.tensors."):
+        importlib.import_module(module.name)
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    ours = [kind for kind, cls in PART_KINDS.items() if cls.__module__.startswith("trimtab.")]
+    assert ours
+    assert not [kind for kind in ours if f"| `{kind}` |" not in page]
