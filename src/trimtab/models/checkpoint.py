@@ -1,6 +1,6 @@
 """The trimtab checkpoint on disk: a Hugging Face directory with `trimtab.json`, which vouches for every tensor.
 
-config.json           with `quantization_config`: method "trimtab", versions, layer name -> spec of its compressed tensor
+config.json           with `quantization_config`: method "trimtab", versions, layer -> spec of its compressed tensor
 model*.safetensors    the state dictionary as Hugging Face writes it; compressed layers hold `part0_codes`, ...
 trimtab.json          the manifest: recipe, run record, ledger, SHA-256 of each file, checksum of each tensor
 

@@ -87,7 +87,7 @@ class CompressedLinear(nn.Module):
             return changed
 
         self._built = None
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What trimtab knows about a loaded model beside its weights: where it came from, its tokenizer, what was done to it."""
+"""What trimtab knows of a loaded model beside its weights: its source, its tokenizer, what was done to it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a directory or of a Hugging Face id, None if there is none. Raises CheckpointError if damaged."""
+    """The tokenizer of a directory or a Hugging Face id, None if there is none. Raises CheckpointError if damaged."""
     directory = Path(source)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if directory.is_dir() and not any((directory / name).exists() for name in names):

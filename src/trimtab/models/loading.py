@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ import trimtab
 from trimtab.core.errors import CheckpointError, ConfigError, TrimtabError, did_you_mean
 from trimtab.models.checkpoint import MANIFEST, check_tensors, read_headers, read_json, read_manifest, weight_files
 from trimtab.models.info import ModelInfo, attach, find_tokenizer, info_from_manifest, uncompressed_bytes
-from trimtab.models.quantizer import METHOD
 from trimtab.models.registration import register
 from trimtab.models.saving import LARGE_BYTES, quiet
 
@@ -120,8 +120,8 @@ def _from_pretrained(
         options["local_files_only"] = _is_cached(place)
         large = True
     with quiet(large=large), _no_reports():
-        model, report = AutoModelForCausalLM.from_pretrained(place, **options)
-    assert isinstance(model, PreTrainedModel)
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(place, **options)  # type: ignore[assignment]
+    model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise CheckpointError(
@@ -154,7 +154,7 @@ def _is_cached(name: str) -> bool:
 def _no_reports() -> Iterator[None]:
     """transformers logs a table of keys that do not fit; the errors here say it in a sentence."""
     level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trimtab.core.errors import CheckpointError, did_you_mean
+from trimtab.core.errors import CheckpointError
 from trimtab.models.checkpoint import (
     FORMAT_VERSION,
     MANIFEST,
@@ -122,17 +122,17 @@ class TrimtabQuantizer(HfQuantizer):
             if dense is None:
                 raise CheckpointError(
                     f"{self._source}: the checkpoint has a compressed layer '{name}', which {type(model).__name__} of "
-                    f"config.json does not have. {did_you_mean(name, _linear_names(modules))}"
+                    "config.json does not have. The configuration and the weights are of different models."
                 )
             try:
                 layer = CompressedLinear.empty(spec, dense.bias if hasattr(dense, "bias") else None)
             except CheckpointError as error:
                 raise CheckpointError(f"{self._source}: layer '{name}': {error}") from None
-            wanted = _linear_shape(dense)
-            if wanted != (layer.out_features, layer.in_features):
+            wanted, saved = _linear_shape(dense), (layer.out_features, layer.in_features)
+            if wanted != saved:
                 raise CheckpointError(
-                    f"{self._source}: the compressed layer '{name}' is {layer.out_features} x {layer.in_features}; "
-                    f"in the model of config.json it is {'no linear layer' if wanted is None else '%d x %d' % wanted}."
+                    f"{self._source}: the compressed layer '{name}' is {list(saved)} ([out, in]), but in the model "
+                    f"that config.json describes it is {list(wanted) if wanted else 'no linear layer'}."
                 )
             placed[name] = (modules[here.rpartition(".")[0]], layer)
         return placed
@@ -224,7 +224,3 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return None
     rows, columns = weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-
-
-def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if _linear_shape(module) is not None]

@@ -24,10 +24,9 @@ def random_model(
     """
     known = family_named(family)
     config = AutoConfig.for_model(known.model_type, **{**known.small, **overrides})
-    config.dtype = dtype
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -36,4 +35,5 @@ def random_model(
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(noise * min(parameter.shape) ** -0.5)
-    return model.to(dtype).eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importlib.abc alone takes longer than all else that `import trimtab` imports
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _REGISTRY = "transformers.quantizers.auto"
 """The module that keeps the table of quantizers; everything that loads a model imports it."""
@@ -35,7 +38,7 @@ def register() -> None:
         register_quantizer(METHOD)(TrimtabQuantizer)
 
 
-class _Watch(MetaPathFinder):
+class _Watch:
     """Finds the one module through the other finders, and has it followed by the registration."""
 
     def find_spec(
@@ -49,12 +52,12 @@ class _Watch(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _RegisterAfter(spec.loader)
+                    spec.loader = _RegisterAfter(spec.loader)  # type: ignore[assignment]
                 return spec
         return None
 
 
-class _RegisterAfter(Loader):
+class _RegisterAfter:
     """Runs the module with its own loader, gives that loader back, then registers."""
 
     def __init__(self, loader: Loader) -> None:

@@ -53,12 +53,12 @@ def quiet(*, large: bool) -> Iterator[None]:
     """No progress bars of transformers, unless the model is so large that its files take seconds."""
     hide = hf_logging.is_progress_bar_enabled() and not large
     if hide:
-        hf_logging.disable_progress_bar()
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if hide:
-            hf_logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

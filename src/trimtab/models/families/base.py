@@ -99,7 +99,8 @@ class Family:
                 self._block(config, f"{self.blocks}.{index}", index, block)
                 for index, block in enumerate(_children(model, self.blocks))
             )
-            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+            embedding = model.get_input_embeddings()
+            head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             final_norm = model.get_submodule(self.final_norm)
             positions = model.get_submodule(self.positions) if self.positions else None
         except (AttributeError, NotImplementedError) as error:
