@@ -24,7 +24,12 @@ from trimtab.tensors.grid import (
     group_parameters,
     quantize_codes,
 )
-from trimtab.tensors.grid_format import expand_parameters
+
+
+def expand_parameters(parameters: torch.Tensor, fmt: GridFormat, shape: tuple[int, int]) -> torch.Tensor:
+    """One parameter per group -> one per weight."""
+    return parameters.repeat_interleave(fmt.group_length(shape), dim=1 if fmt.axis == "in" else 0)
+
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -363,6 +368,8 @@ def test_parameters_that_do_not_fit_are_refused() -> None:
         GroupGrid.from_codes(codes, scales, torch.zeros(2, 2, dtype=torch.uint8), fmt)
     with pytest.raises(ConfigError, match="matrix"):
         quantize_codes(torch.zeros(4), scales, None, fmt)
+    with pytest.raises(ConfigError, match=r"shape \[0, 4\]"):
+        GroupGrid.quantize(torch.zeros(0, 4), fmt)
 
 
 def test_damaged_storage_is_refused() -> None:

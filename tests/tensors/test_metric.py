@@ -85,6 +85,8 @@ def test_rank_deficient_gram_can_be_whitened() -> None:
 def test_column_order_is_by_weight_and_stable() -> None:
     metric = Metric.diagonal(torch.tensor([1.0, 3.0, 1.0, 5.0, 3.0]))
     assert metric.column_order().tolist() == [3, 1, 4, 0, 2]
+    ties = Metric.diagonal(torch.arange(300).remainder(2).float()).column_order()
+    assert ties.tolist() == [*range(1, 300, 2), *range(0, 300, 2)]
     assert Metric.identity().column_order(3).tolist() == [0, 1, 2]
     with pytest.raises(ConfigError, match="in_features"):
         Metric.identity().column_order()

@@ -107,7 +107,7 @@ def part_from_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Par
 def shape_from_spec(spec: Mapping[str, Any]) -> tuple[int, int]:
     """The [out, in] shape that a spec holds. Raises CheckpointError if it holds none."""
     shape = spec.get("shape")
-    if not (isinstance(shape, Sequence) and len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape)):
+    if not (isinstance(shape, Sequence) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise CheckpointError(f"{spec.get('kind')} part: 'shape' must be [out, in], not {shape!r}.")
     return shape[0], shape[1]
 

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
 from trimtab.kernels.grid_matmul import grid_matmul
+from trimtab.kernels.packing import pack, packed_bytes, unpack
 from trimtab.tensors.base import Part, checked_buffers, shape_from_spec
 from trimtab.tensors.grid_format import (
     GridFormat,
+    check_parameters,
     column_codes,
     column_values,
     dequantize_codes,
     matrix_shape,
     quantize_codes,
-    spread_parameters,
 )
 from trimtab.tensors.grid_search import IMATRIX_SEARCH, MSE_SEARCH, ClipSearch, grid_parameters, group_parameters
-from trimtab.kernels.packing import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
@@ -49,7 +49,7 @@ __all__ = [
 class GroupGrid(Part):
     """Packed codes with group parameters.
 
-    packed    uint8 [out, packed_bytes(in, bits)], each row packed on its own (packing.py)
+    packed    uint8 [out, packed_bytes(in, bits)], each row packed on its own (trimtab.kernels.packing)
     scales    [out, groups] along "in", [groups, in] along "out"; in `format.scale_dtype`
     zeros     uint8 in the shape of scales, in code units; None if symmetric
     """
@@ -78,7 +78,7 @@ class GroupGrid(Part):
     def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat) -> GroupGrid:
         """Pack codes [out, in], integers in 0 .. 2^bits - 1. Raises ConfigError for what does not fit."""
         shape = matrix_shape(codes)
-        spread_parameters(scales, zeros, fmt, shape)
+        check_parameters(scales, zeros, fmt, shape)
         if (zeros is None) != fmt.symmetric:
             raise ConfigError(f"zeros must be given exactly for an asymmetric grid: zeros={zeros}, {fmt}.")
         if scales.dtype != fmt.torch_scale_dtype:

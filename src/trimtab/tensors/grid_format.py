@@ -92,37 +92,27 @@ def column_values(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Grid
     return (codes.float() - (fmt.levels // 2 if zeros is None else zeros.float())) * scales.float()
 
 
-def expand_parameters(parameters: Tensor, fmt: GridFormat, shape: tuple[int, int]) -> Tensor:
-    """Scales or zeros, one per group, repeated to one per weight [out, in]."""
-    return parameters.repeat_interleave(fmt.group_length(shape), dim=1 if fmt.axis == "in" else 0)
-
-
 def quantize_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat) -> Tensor:
     """Nearest codes, uint8 [out, in], of a weight [out, in] for group parameters as `grid_parameters` gives them."""
-    shape = matrix_shape(weight)
-    scales, zeros = spread_parameters(scales, zeros, fmt, shape)
-    return column_codes(weight, scales, zeros, fmt)
+    return column_codes(*_by_group(weight, scales, zeros, fmt), fmt).reshape(weight.shape)
 
 
 def dequantize_codes(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Dense weight [out, in] of codes [out, in]; computed in float32, then rounded to `dtype`."""
-    scales, zeros = spread_parameters(scales, zeros, fmt, matrix_shape(codes))
-    return column_values(codes, scales, zeros, fmt).to(dtype)
+    return column_values(*_by_group(codes, scales, zeros, fmt), fmt).reshape(codes.shape).to(dtype)
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int]:
-    """(out, in). Raises ConfigError for what is no matrix."""
-    if tensor.ndim != 2:
+    """(out, in). Raises ConfigError for what is no matrix, or an empty one."""
+    if tensor.ndim != 2 or not tensor.numel():
         raise ConfigError(f"a grid holds a matrix [out, in], not a tensor of shape {list(tensor.shape)}.")
     return int(tensor.shape[0]), int(tensor.shape[1])
 
 
-def spread_parameters(
-    scales: Tensor, zeros: Tensor | None, fmt: GridFormat, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros repeated to one per weight. Raises ConfigError if their shape does not fit."""
+def check_parameters(scales: Tensor, zeros: Tensor | None, fmt: GridFormat, shape: tuple[int, int]) -> None:
+    """Raise ConfigError if scales or zeros do not have one entry per group."""
     expected = fmt.parameter_shape(shape)
     for name, parameter in (("scales", scales), ("zeros", zeros)):
         if parameter is not None and tuple(parameter.shape) != expected:
@@ -130,5 +120,16 @@ def spread_parameters(
                 f"{name} of shape {list(parameter.shape)} do not fit a weight of shape {list(shape)}: "
                 f"{fmt} wants {list(expected)}."
             )
-    spread_zeros = None if zeros is None else expand_parameters(zeros, fmt, shape)
-    return expand_parameters(scales, fmt, shape), spread_zeros
+
+
+def _by_group(
+    matrix: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Views with the axis of a group on its own, of length 1 in the parameters."""
+    shape = matrix_shape(matrix)
+    check_parameters(scales, zeros, fmt, shape)
+    length = fmt.group_length(shape)
+    if fmt.axis == "in":
+        grouped = matrix.reshape(shape[0], -1, length)
+        return grouped, scales[:, :, None], None if zeros is None else zeros[:, :, None]
+    return matrix.reshape(-1, length, shape[1]), scales[:, None], None if zeros is None else zeros[:, None]

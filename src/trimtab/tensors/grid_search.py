@@ -88,11 +88,7 @@ def group_parameters(
     """
     values = rows.float()
     _refuse_non_finite(values)
-    if rows.shape[1] == 0:
-        low = high = torch.zeros(rows.shape[0], device=rows.device)
-    else:
-        low = values.amin(dim=1).clamp(max=0)
-        high = values.amax(dim=1).clamp(min=0)
+    low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
     if clip is None and importance is None:
         return range_parameters(low, high, fmt)
     clip = clip or IMATRIX_SEARCH

@@ -103,10 +103,10 @@ class Metric:
 
     def entry_weights(self, shape: tuple[int, int]) -> Tensor:
         """Weight of each squared entry, float32, broadcasts to [out, in]; a Gram metric gives its diagonal."""
-        row = torch.ones(1) if self.row is None else self.row
-        column = torch.ones(1) if self.column is None else self.column
         self._fits(torch.empty(shape, device="meta"))
-        return (row.to(column.device)[:, None] * column).float()
+        if self.column is None:
+            return torch.tensor(1.0)  # without a device of its own: it follows what it multiplies
+        return (self.column if self.row is None else self.row[:, None] * self.column).float()
 
     def whiten(self, error: Tensor) -> Tensor:
         """D -> E, float64, with |E|_F = |D| in this metric (a Gram metric adds WHITEN_RIDGE)."""
