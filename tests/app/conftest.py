@@ -71,8 +71,8 @@ def record(label: str, method: str | None, bits: int | None, size: int, kl: floa
                 "prose": {"bits_per_byte": interval(bpb, 0.02), "perplexity": interval(20 * bpb, 1.0)},
                 "recall": {"exact_match": interval(0.9 - kl, 0.05)},
             },
-            "kl_nats_per_token": None if method is None else interval(kl, kl / 10),
-            "decode_tokens_per_s_median": 812.5,
+            "fidelity": {} if method is None else {"kl_nats_per_token": interval(kl, kl / 10)},
+            "speed": {"decode_tokens_per_second_median": 812.5},
         },
         changed=[{"name": "model.layers.0.mlp.up_proj"}] if method else [],
     )

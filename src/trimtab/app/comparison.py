@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,13 @@ from trimtab.app.cli.options import typed_settings
 from trimtab.core.errors import ConfigError, did_you_mean
 from trimtab.core.recipe import Recipe
 from trimtab.core.registry import method_class, method_info
+from trimtab.core.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trimtab.evaluation import NextTokens
+    from trimtab.evaluation.base import TaskResult
 
 UNCOMPRESSED = "uncompressed"
 
@@ -58,3 +66,124 @@ def _check_prefixes(names: Sequence[str], settings: Mapping[str, str]) -> None:
         prefix, dot, _ = key.partition(".")
         if dot and prefix not in names:
             raise ConfigError(f"--set {key}: '{prefix}' is not among the methods. {did_you_mean(prefix, names)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is the same for all rows of a comparison.
+
+    model       any name that `trimtab.load` takes; loaded anew for each row
+    tasks       names of evaluation tasks
+    limit       most documents per task
+    text        calibration text; None: the prose that comes with trimtab
+    sequences   calibration sequences
+    mode        "sequential" or "dense" calibration
+    prompt      if given, each row continues it greedily by `sample_tokens` tokens
+    """
+
+    model: str
+    tasks: Sequence[str]
+    limit: int | None = None
+    text: Path | None = None
+    sequences: int = 128
+    mode: str = "sequential"
+    seed: int = 0
+    device: str | None = None
+    prompt: str | None = None
+    sample_tokens: int = 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """What later rows are measured against."""
+
+    next_tokens: NextTokens
+    results: Mapping[str, TaskResult]
+
+
+def run_all(setting: Setting, variants: Sequence[Variant]) -> Iterator[RunRecord]:
+    """Measure each variant; yields its record when it is done. The first must be the uncompressed model."""
+    baseline = None
+    for variant in variants:
+        record, baseline = _run_one(setting, variant, baseline)
+        yield record
+
+
+def _run_one(setting: Setting, variant: Variant, baseline: _Baseline | None) -> tuple[RunRecord, _Baseline]:
+    import trimtab as tt
+    from trimtab.evaluation import fidelity, to_json
+    from trimtab.evaluation.probes import measure_speed
+    from trimtab.models import ledger_of
+
+    record = RunRecord(command="compare", config=_config(setting, variant), seed=setting.seed)
+    with record.timed("load"):
+        model = tt.load(setting.model, device=setting.device)
+    if variant.recipe is not None:
+        with record.timed("compress"):
+            _compress(model, setting, variant.recipe)
+        done = model.trimtab.record
+        record.changed, record.unchanged = done.changed, done.unchanged
+        record.config["compress"] = done.config
+    record.ledger = ledger_of(model).to_dict()
+    with record.timed("evaluate"):
+        reference = None if baseline is None else baseline.results
+        results = tt.evaluate(model, setting.tasks, limit=setting.limit, seed=setting.seed, reference=reference)
+        record.metrics |= to_json(results)
+    with record.timed("fidelity"):
+        if baseline is None:
+            baseline = _Baseline(_next_tokens(model, setting.seed), results)
+        else:
+            measured = fidelity(model, baseline.next_tokens)
+            record.metrics["fidelity"] = {name: estimate.to_dict() for name, estimate in measured.items()}
+    with record.timed("speed"):
+        record.metrics["speed"] = measure_speed(model).to_dict()
+    if setting.prompt is not None:
+        record.metrics["samples"] = [{"prompt": setting.prompt, "text": _sample(model, setting)}]
+    return record, baseline
+
+
+def _config(setting: Setting, variant: Variant) -> dict[str, Any]:
+    recipe = None if variant.recipe is None else variant.recipe.to_dict()
+    own = {"label": variant.label, "method": variant.method, "bits": variant.bits, "recipe": recipe}
+    shared = asdict(setting) | {
+        "tasks": list(setting.tasks),
+        "text": None if setting.text is None else str(setting.text),
+    }
+    return own | shared
+
+
+def _compress(model: PreTrainedModel, setting: Setting, recipe: Recipe) -> None:
+    from trimtab.app.cli.compress import calibration_of
+    from trimtab.weights import compress
+
+    calibration = calibration_of(model, recipe, setting.text, setting.sequences, setting.seed)
+    compress(model, recipe, calibration=calibration, mode=setting.mode, seed=setting.seed)
+
+
+def _next_tokens(model: PreTrainedModel, seed: int) -> NextTokens:
+    """The model's predictions on as many windows of held-out prose as are usual, or as fit into memory."""
+    from trimtab.evaluation import NextTokens
+    from trimtab.evaluation.kl import LENGTH, MAX_BYTES, WINDOWS
+
+    fitting = MAX_BYTES // (LENGTH * 4 * int(model.config.get_text_config().vocab_size))
+    return NextTokens.of(model, windows=max(2, min(WINDOWS, fitting)), seed=seed)
+
+
+def _sample(model: PreTrainedModel, setting: Setting) -> str:
+    from trimtab.app.cli.generate import continue_text
+
+    assert setting.prompt is not None
+    return continue_text(model, setting.prompt, max_new_tokens=setting.sample_tokens, temperature=0, seed=setting.seed)[
+        0
+    ]
+
+
+def save_records(records: Iterator[RunRecord], out: Path) -> Iterator[RunRecord]:
+    """Save each record to `out/runs` as it comes and pass it on; an earlier comparison there goes with the first."""
+    for index, record in enumerate(records):
+        if index == 0:
+            for old in [*(out / "runs").glob("*.json"), out / "report.html"]:
+                old.unlink(missing_ok=True)
+        name = re.sub(r"[^a-z0-9]+", "-", record.config["label"].lower()).strip("-")
+        record.save(out / "runs" / f"{index:02}-{name}.json")
+        yield record

@@ -12,6 +12,7 @@ import typer
 
 from trimtab.app.cli.options import (
     AsJson,
+    Device,
     Force,
     Model,
     Seed,
@@ -73,14 +74,18 @@ def _chosen_recipe(method: str | None, settings: list[str] | None, file: Path | 
     return Recipe.from_yaml(file)
 
 
-def calibration_of(model: Any, text: Path | None, sequences: int, seed: int) -> Any:
-    """The calibration set that --text, --sequences and --seed stand for. Raises DataError if the text is too short."""
+def calibration_of(model: Any, recipe: Recipe, text: Path | None, sequences: int, seed: int) -> Any:
+    """The calibration set that --text, --sequences and --seed stand for; None if the method needs no data.
+
+    Raises DataError if the text is too short for one sequence.
+    """
+    from trimtab.models import tokenizer_of
     from trimtab.models.calibration_set import CalibrationSet
 
+    if not any(getattr(step, "needs", None) for step in recipe.methods()):
+        return None
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return CalibrationSet.from_text(
-        text, model.trimtab.tokenizer, sequences=sequences, context=context, seed=seed
-    )
+    return CalibrationSet.from_text(text, tokenizer_of(model), sequences=sequences, context=context, seed=seed)
 
 
 def run(
@@ -93,13 +98,14 @@ def run(
     sequences: Sequences = 128,
     mode: CalibrationMode = Mode.sequential,
     seed: Seed = 0,
+    device: Device = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress a model into a checkpoint that transformers loads.
 
-    Killed at any point, the same command continues where it was. What stood at the output stays until the new checkpoint
-    is complete.
+    Killed at any point, the same command continues where it was.
+    What stood at the output stays until the new checkpoint is complete.
     """
     wanted = _chosen_recipe(method, settings, recipe)
     check_output(out, force, holds="config.json")
@@ -109,10 +115,9 @@ def run(
     from trimtab.models import ledger_of
     from trimtab.weights import compress_to
 
-    loaded = tt.load(model)
+    loaded = tt.load(model, device=device)
     before = ledger_of(loaded)
-    needs_data = any(getattr(step, "needs", None) for step in wanted.methods())
-    calibration = calibration_of(loaded, text, sequences, seed) if needs_data else None
+    calibration = calibration_of(loaded, wanted, text, sequences, seed)
     compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
     after = ledger_of(loaded)
     record = loaded.trimtab.record
@@ -123,7 +128,7 @@ def run(
     show(_changed_table(record), _ledger_table(before.to_dict(), after.to_dict()))
     for reason, count in Counter(entry["reason"] for entry in record.unchanged).items():
         show(f"left alone: {count} x {reason}")
-    show(f"\nSaved to {out} in {record.seconds.get('total', 0.0):.1f} s. Try: trimtab generate {out} -p \"...\"")
+    show(f'\nSaved to {out} in {record.seconds.get("total", 0.0):.1f} s. Try: trimtab generate {out} -p "..."')
 
 
 def _changes(record: Any) -> dict[str, Any]:

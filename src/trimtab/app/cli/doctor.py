@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimtab.app.cli.options import AsJson
 from trimtab.app.cli.output import emit_json, show, table
 from trimtab.app.report import text
@@ -17,7 +19,7 @@ def run(as_json: AsJson = False) -> None:
     """
     from trimtab.kernels.bandwidth import kernel_report, read_bandwidth_gbps
 
-    found = {
+    found: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(),
         "read_bandwidth_gbps": read_bandwidth_gbps(),
@@ -25,3 +27,9 @@ def run(as_json: AsJson = False) -> None:
     }
     if as_json:
         emit_json(found)
+        return
+    show(table("Versions", ("package", "version"), list(found["versions"].items())))
+    facts = [(name, str(value)) for name, value in found["machine"].items() if name != "memory_bytes"]
+    facts.append(("memory", text.size(found["machine"]["memory_bytes"] or 0)))
+    facts.append(("read bandwidth", f"{found['read_bandwidth_gbps']:.1f} GB/s, measured now"))
+    show(table("Machine", ("", ""), facts))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.app.cli.options import AsJson, Model, Seed
+from trimtab.app.cli.options import AsJson, Device, Model, Seed
 from trimtab.app.cli.output import emit_json
 from trimtab.core.errors import DataError
 
@@ -22,7 +22,9 @@ def continue_text(
     """The continuation of `prompt` and the number of its tokens. Temperature 0 is greedy. Raises DataError."""
     import torch
 
-    tokenizer = model.trimtab.tokenizer
+    from trimtab.models import tokenizer_of
+
+    tokenizer = tokenizer_of(model)
     inputs = tokenizer(prompt, return_tensors="pt")
     length = int(inputs["input_ids"].shape[1])
     window = model.config.get_text_config().max_position_embeddings
@@ -53,6 +55,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Seed = 0,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text and show it while it is written."""
@@ -60,15 +63,17 @@ def run(
         raise DataError("the prompt is empty. Give a text with -p.")
     import time
 
-    import trimtab as tt
-
-    loaded = tt.load(model)
     from transformers import TextStreamer
+
+    import trimtab as tt
+    from trimtab.models import tokenizer_of
+
+    loaded = tt.load(model, device=device)
 
     streamer = None
     if not as_json:
         typer.echo(prompt, nl=False)
-        streamer = TextStreamer(loaded.trimtab.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     text, count = continue_text(
         loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=streamer

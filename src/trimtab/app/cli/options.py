@@ -24,6 +24,7 @@ Model = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the CPU")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output directory.")]
 Settings = Annotated[
     list[str] | None,

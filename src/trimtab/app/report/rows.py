@@ -67,9 +67,9 @@ def row_of(record: RunRecord) -> Row:
         keep_fraction=record.ledger["keep_fraction"],
         bits_per_weight=record.ledger.get("bits_per_weight"),
         bits_per_byte=bits_per_byte,
-        kl=Interval.of(record.metrics.get("kl_nats_per_token")),
+        kl=Interval.of(record.metrics.get("fidelity", {}).get("kl_nats_per_token")),
         tasks=tasks,
-        tokens_per_second=Interval.of(record.metrics.get("decode_tokens_per_s_median")),
+        tokens_per_second=Interval.of(record.metrics.get("speed", {}).get("decode_tokens_per_second_median")),
         compress_seconds=record.seconds.get("compress"),
     )
 
