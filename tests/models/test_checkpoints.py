@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import trimtab as tt
 from trimtab.core.errors import OutputError
@@ -145,6 +146,26 @@ def test_large_models_are_written_in_shards(tokens: Tensor, tmp_path: Path, monk
     assert len(weight_files(tmp_path / "out")) > 2
     for again in (AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tt.load(tmp_path / "out")):
         assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_loaded_checkpoints_generate_and_copy(tokens: Tensor, tmp_path: Path) -> None:
+    model = compress_all(random_model("qwen3"))
+    tt.save(model, tmp_path / "out")
+    again = tt.load(tmp_path / "out", device="cpu")
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(again.generate(tokens[:1], **settings), model.generate(tokens[:1], **settings))
+    assert torch.equal(logits(copy.deepcopy(again), tokens), logits(model, tokens))
+    again.to(torch.bfloat16)
+    assert again.model.layers[0].mlp.up_proj.part0_scales.dtype == torch.float16
+
+
+def test_a_family_without_views_can_be_saved(tokens: Tensor, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bloom", vocab_size=131, hidden_size=8, n_layer=1, n_head=2, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tt.save(model, tmp_path / "out")
+    assert torch.equal(logits(tt.load(tmp_path / "out"), tokens), logits(model, tokens))
 
 
 def test_what_was_done_is_kept(tmp_path: Path) -> None:

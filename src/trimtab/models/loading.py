@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -23,6 +24,7 @@ from trimtab.models.saving import LARGE_BYTES, quiet
 
 ASSETS = Path(trimtab.__file__).resolve().parent / "assets"
 REFERENCES = ("ref", "ref-mini")
+_HUB_SECONDS = 10.0
 
 
 def load(
@@ -35,6 +37,7 @@ def load(
     dtype    of the uncompressed tensors; the default is the checkpoint's. Compressed layers keep their stored dtypes.
     device   where to put it; the default is the CPU
 
+    Code that a checkpoint brings along is not run.
     Raises ConfigError for a name that is none of these (with a suggestion), a dtype or a device that cannot be used,
     and CheckpointError for files that are missing, truncated, damaged, of a newer trimtab, or for another architecture.
     """
@@ -47,11 +50,9 @@ def load(
     except TrimtabError:
         raise
     except OSError as error:
-        if isinstance(place, Path):
-            raise CheckpointError(f"{place} cannot be read: {_first_line(error)}") from None
-        raise ConfigError(_unknown(str(source), f"Hugging Face has no answer: {_first_line(error)}")) from None
+        raise CheckpointError(f"{place} cannot be read: {_first_line(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{place} does not hold a model that can be loaded: {_first_line(error)}") from None
+        raise CheckpointError(f"{place} does not hold a model that can be loaded: {_first_line(error)}") from error
     info = getattr(model, "trimtab", None)  # set by the quantizer if there are compressed layers
     if manifest is not None:
         info = info_from_manifest(manifest, str(place))
@@ -118,6 +119,8 @@ def _from_pretrained(
         large = sum(file.stat().st_size for file in weight_files(place)) > LARGE_BYTES
     else:
         options["local_files_only"] = _is_cached(place)
+        if not options["local_files_only"]:
+            _ask_hub(place)
         large = True
     with quiet(large=large), _no_reports():
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(place, **options)  # type: ignore[assignment]
@@ -148,6 +151,14 @@ def _is_cached(name: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _ask_hub(name: str) -> None:
+    """Raise ConfigError if Hugging Face does not have it, or does not answer; asks once, without retries."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
+    except Exception as error:  # its errors share no base: connection, name, access, offline mode
+        raise ConfigError(_unknown(name, f"Hugging Face has no answer: {_first_line(error)}")) from None
 
 
 @contextmanager

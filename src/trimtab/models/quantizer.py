@@ -177,6 +177,7 @@ class TrimtabQuantizer(HfQuantizer):
             info_of(model)
         else:
             attach(model, info_from_manifest(self._manifest, self._source))
+            self._manifest = None
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

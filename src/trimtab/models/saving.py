@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import trimtab
-from trimtab.core.errors import OutputError
+from trimtab.core.errors import OutputError, TargetError
 from trimtab.core.files import atomic_directory, refuse_occupied, sha256_file
 from trimtab.models.checkpoint import FORMAT_VERSION, MANIFEST, read_headers, tensor_checksums, weight_files
 from trimtab.models.compressed_linear import CompressedLinear
@@ -32,7 +32,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) 
     fills up or the process is killed. Raises OutputError if it is not empty and `force` is not set, or cannot be
     written. Returns the directory.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     refuse_occupied(directory, force)
     large = sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model).values()) > LARGE_BYTES
     with atomic_directory(directory, force=force) as partial:
@@ -89,7 +89,14 @@ def _manifest(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
         "recipe": None if info.recipe is None else info.recipe.to_dict(),
         "record": None if info.record is None else info.record.to_dict(),
         "baseline_bytes": info.baseline_bytes,
-        "ledger": ledger_of(model).to_dict(),
+        "ledger": _ledger(model),
         "files": {file.name: sha256_file(file) for file in sorted(directory.iterdir()) if file.is_file()},
         "tensors": tensor_checksums(read_headers(weight_files(directory))),
     }
+
+
+def _ledger(model: PreTrainedModel) -> dict[str, Any] | None:
+    try:
+        return ledger_of(model).to_dict()
+    except TargetError:  # a family that has no views yet can be saved, but not counted
+        return None
