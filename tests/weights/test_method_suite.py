@@ -27,9 +27,8 @@ from .cases import CASES, IDS
 
 TOKENS = torch.randint(3, 131, (2, 20), generator=torch.Generator().manual_seed(5))
 case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
-first_of_each = pytest.mark.parametrize(
-    "name, options", list({name: (name, options) for name, options in reversed(CASES)}.values()), ids=lambda v: str(v)
-)
+FIRST = {name: (name, options) for name, options in reversed(CASES)}
+first_of_each = pytest.mark.parametrize(("name", "options"), list(FIRST.values()), ids=list(FIRST))
 
 
 def build(name: str, options: dict[str, Any]) -> WeightMethod:
@@ -154,7 +153,9 @@ def test_recipe_round_trip(name: str, options: dict[str, Any], calibration: Cali
     assert recipe.methods() == [method]
     by_method = compressed("llama", name, options, calibration)
     by_recipe = tt.compress(random_model("llama"), recipe, calibration=calibration, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(by_method.state_dict().values(), by_recipe.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(by_method.state_dict().values(), by_recipe.state_dict().values(), strict=True)
+    )
     assert by_method.trimtab.recipe == by_recipe.trimtab.recipe == recipe
 
 

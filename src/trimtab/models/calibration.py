@@ -4,12 +4,12 @@
     view = ModelView.of(model)
     stream = BlockStream(view, calibration)
     for block in view.blocks:
-        statistics = stream.gather(block, {site: {"gram"} for site in block.sites})  # runs the block, changes nothing
-        stream.advance(block)                                                        # to the next block's input
+        statistics = stream.gather(block, {site: {"gram"} for site in block.sites}, advance=True)
 
-The stream holds the hidden states of all sequences in front of one block. In *dense* mode every block is advanced
-through before it is compressed, so all statistics are those of the original model; in *sequential* mode it is
-compressed site by site, each site seeing what the compressed earlier ones produce, and then advanced through.
+The stream holds the hidden states of all sequences in front of one block. In *dense* mode a block is advanced through
+while its statistics are gathered, before it is compressed, so all statistics are those of the original model; in
+*sequential* mode it is compressed site by site, each site seeing what the compressed earlier ones produce, and then
+advanced through.
 
 Memory beyond the model: the hidden states (tokens x width in the model's dtype, on the CPU), the activations of one
 chunk in one block, and the statistics of the sites gathered at once (a Gram matrix is in^2 float32). It does not grow
@@ -65,12 +65,16 @@ class BlockStream:
                 f"{context}. Make them with length={context} or less."
             )
         self._chunk = max(1, chunk_tokens // calibration.length)
-        self._hidden: list[Tensor] | None = None  # None: in front of the first block, whose input the model makes
+        # None: in front of the first block, whose input the model makes
+        self._hidden: list[Tensor | None] = [None] * self._chunks
 
-    def gather(self, block: BlockView, needs: Mapping[str, Iterable[Need]]) -> dict[str, Stats]:
-        """Statistics of sites of `block`, the next block of the stream, which is not advanced.
+    def gather(
+        self, block: BlockView, needs: Mapping[str, Iterable[Need]], *, advance: bool = False
+    ) -> dict[str, Stats]:
+        """Statistics of sites of `block`, the next block of the stream; with `advance` moves to the one after it.
 
-        `needs` is site -> statistics. Raises NumericsError naming the module whose input is NaN or infinite.
+        `needs` is site -> statistics. Without `advance` the block runs as far as the last of these sites. Raises
+        NumericsError naming the module whose input is NaN or infinite.
         """
         wanted = {site: frozenset(n) for site, n in needs.items() if n}
         members = {site: linears[0] for site, linears in block.sites.items() if site in wanted}
@@ -79,11 +83,11 @@ class BlockStream:
             for site, linear in members.items()
         }
         last = list(members)[-1] if members else None
-        mask: Tensor | None = None
+        mask = self.calibration.mask
 
         def take(site: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
             accumulators[site].update(arguments[0], mask, module=members[site].name)
-            if site == last:
+            if site == last and not advance:
                 raise _Gathered
 
         with ExitStack() as hooks:
@@ -92,9 +96,11 @@ class BlockStream:
                     lambda module, arguments, site=site: take(site, module, arguments)
                 )
                 hooks.callback(handle.remove)
-            for index in range(self._chunks if members else 0):
+            for index in range(self._chunks if members or advance else 0):
                 mask = self.calibration.mask[self._rows(index)]
-                self._run(block, index)
+                output = self._run(block, index)
+                if advance:
+                    self._hidden[index] = self._checked(output, mask, block)  # frees the chunk's input
         return {site: accumulator.stats() for site, accumulator in accumulators.items()}
 
     def advance(self, block: BlockView) -> None:
@@ -102,27 +108,24 @@ class BlockStream:
 
         Raises NumericsError naming the block if its output is NaN or infinite where there is no padding.
         """
-        produced: list[Tensor] = []
-        for index in range(self._chunks):
-            output = self._run(block, index)
-            assert output is not None
-            real = output[self.calibration.mask[self._rows(index)]]
-            if not bool(torch.isfinite(real).all()):
-                raise NumericsError(
-                    f"block {block.name} puts out {int((~torch.isfinite(real)).sum())} NaN or infinite values on the "
-                    "calibration text. Check its weights, or load the model in a wider dtype (float32)."
-                )
-            if self._hidden is not None:
-                self._hidden[index] = output  # frees the block's input chunk by chunk
-            else:
-                produced.append(output)
-        if self._hidden is None:
-            self._hidden = produced
+        self.gather(block, {}, advance=True)
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states [sequences, length, width] of chunk `index`, in front of the block the stream has come to."""
-        assert self._hidden is not None, "in front of the first block: the model makes its input"
-        return self._hidden[index]
+        hidden = self._hidden[index]
+        assert hidden is not None, "in front of the first block: the model makes its input"
+        return hidden
+
+    @staticmethod
+    def _checked(output: Tensor | None, mask: Tensor, block: BlockView) -> Tensor:
+        assert output is not None
+        broken = ~torch.isfinite(output[mask])
+        if bool(broken.any()):
+            raise NumericsError(
+                f"block {block.name} puts out {int(broken.sum())} NaN or infinite values on the calibration text. "
+                "Check its weights, or load the model in a wider dtype (float32)."
+            )
+        return output
 
     @property
     def _chunks(self) -> int:
@@ -133,7 +136,7 @@ class BlockStream:
 
     def _run(self, block: BlockView, index: int) -> Tensor | None:
         """Run chunk `index` through `block`: its output [sequences, length, width] on the CPU; None if cut short."""
-        stored = self._hidden[index] if self._hidden is not None else None
+        stored = self._hidden[index]
         result: Tensor | None = None
 
         def substitute(forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +159,7 @@ class BlockStream:
         device = next(self._embedding.parameters()).device
         mask = self.calibration.mask[rows]
         training = self._model.training
-        self._model.eval()
+        self._model.train(False)
         try:
             with torch.no_grad():
                 self._model.base_model(
@@ -201,6 +204,5 @@ def gather_dense(
     """
     stream = BlockStream(view, calibration, seed=seed, chunk_tokens=chunk_tokens)
     for block in view.blocks:
-        yield stream.gather(block, {site: needs[site] for site in block.sites if site in needs})
-        if block is not view.blocks[-1]:
-            stream.advance(block)
+        wanted = {site: needs[site] for site in block.sites if site in needs}
+        yield stream.gather(block, wanted, advance=block is not view.blocks[-1])

@@ -45,7 +45,7 @@ def compress(
     calibration    what statistics are gathered on: a CalibrationSet, or a text file (or text) to make one from; None:
                    128 sequences of the prose that comes with trimtab. Not read if the method needs no statistics
     mode           "sequential": each layer sees inputs that the compressed layers before it produce (five runs of a
-                   block, four of them cut short); "dense": inputs of the original model (two runs)
+                   block, four of them cut short); "dense": inputs of the original model (one run)
     seed           of the choice of calibration sequences and of sampled statistics
     state_dir      where finished blocks are kept; the same call with the same directory after a kill computes only what
                    is missing, and its result is the same to the bit
@@ -189,10 +189,10 @@ def _describe(calibration: CalibrationSet | None) -> dict[str, Any] | None:
 
 def _unchanged(model: PreTrainedModel) -> Iterator[dict[str, str]]:
     """Layers with a weight matrix that were left alone, and why."""
-    blocks = {linear.name for linear in ModelView.of(model).linears}
-    head = model.get_output_embeddings()
+    view = ModelView.of(model)
+    blocks = {linear.name for linear in view.linears}
     for name, module in model.named_modules():
-        if module is head:
+        if module is view.lm_head:
             yield {"module": name, "reason": "the output head is never compressed"}
         elif isinstance(module, nn.Embedding):
             yield {"module": name, "reason": "embeddings are never compressed"}

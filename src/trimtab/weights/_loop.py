@@ -75,8 +75,7 @@ class BlockLoop:
         self, block: BlockView, stream: BlockStream | None, through: BlockStream | None, advance: Advance
     ) -> None:
         linears = self._targeted(block.linears)
-        stats = self._gather(stream, block, linears)
-        self._advance(through, block)
+        stats = self._gather(stream, block, linears, advance=through is not None)
         done = {linear.name: self._compress(linear, stats.get(linear.site)) for linear in linears}
         for linear in linears:
             self._install(linear, done[linear.name], advance)
@@ -98,11 +97,13 @@ class BlockLoop:
     def _targeted(self, linears: Sequence[LinearView]) -> list[LinearView]:
         return [linear for linear in linears if linear.name in self.targets]
 
-    def _gather(self, stream: BlockStream | None, block: BlockView, linears: Sequence[LinearView]) -> dict[str, Stats]:
-        if stream is None or not linears:
+    def _gather(
+        self, stream: BlockStream | None, block: BlockView, linears: Sequence[LinearView], *, advance: bool = False
+    ) -> dict[str, Stats]:
+        if stream is None:
             return {}
         with self.record.timed("calibration"):
-            return stream.gather(block, {linear.site: self.method.needs for linear in linears})
+            return stream.gather(block, {linear.site: self.method.needs for linear in linears}, advance=advance)
 
     def _advance(self, stream: BlockStream | None, block: BlockView) -> None:
         if stream is not None:

@@ -56,7 +56,10 @@ class State:
         run = self.path / "run.json"
         wanted = {"version": STATE_VERSION, **fingerprint}
         if not run.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # hidden names are what a writer killed here left behind
+            if self.path.exists() and not (
+                self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())
+            ):
                 raise CheckpointError(f"{self.path} is not the state of a compression run; give another directory.")
             write_text_atomically(run, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
             return
