@@ -56,7 +56,7 @@ $(VENV)-peers/.installed: $(INSTALL_INPUTS) constraints-peers.txt
 	@touch $@
 
 demo: $(VENV)/.installed
-	@$(BIN)/trimtab demo
+	@$(BIN)/trimtab demo --force
 
 test: $(VENV)/.installed-dev
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
@@ -91,5 +91,5 @@ peers: $(VENV)-peers/.installed
 	@$(ONE_THREAD) $(VENV)-peers/bin/python -m pytest -q -m "peers and not gpu" --timeout 3600 $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers build dist site out report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-peers build dist site out trimtab-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
