@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from trimtab.models.saving import save as save
     from trimtab.models.views import ModelView as ModelView
 
+__all__ = [
+    "CompressedLinear",
+    "ModelInfo",
+    "ModelView",
+    "info_of",
+    "ledger_of",
+    "load",
+    "random_model",
+    "save",
+    "tokenizer_of",
+]
+
 _LAZY = {
     "CompressedLinear": "compressed_linear",
     "ModelInfo": "info",
