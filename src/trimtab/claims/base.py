@@ -6,7 +6,7 @@ One file per published system, named as its method; it defines `CLAIMS: tuple[Cl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -15,13 +15,12 @@ class Outcome:
     """What an experiment measured, with the trivial baseline's figure beside it.
 
     measured, baseline   name -> number, units in the names (`kl_nats_per_token`, `bytes_at_rest`)
-    holds                whether the claim holds on these numbers, by the rule that the claim's text states
+    holds                whether the claim holds on these numbers, by the rule that the experiment's text states
     """
 
     measured: Mapping[str, float]
     baseline: Mapping[str, float]
     holds: bool
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One line of `trimtab claims NAME --json`."""
+    """One line of `trimtab claims NAME --json`: these keys and no others."""
 
     system: str
     paper: str
@@ -47,4 +46,7 @@ class Verdict:
     baseline: Mapping[str, float]
     holds: bool
     seconds: float
-    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return data | {"measured": dict(self.measured), "baseline": dict(self.baseline)}

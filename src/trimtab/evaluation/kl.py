@@ -104,6 +104,69 @@ def _read(model: PreTrainedModel, tokens: Tensor, description: str) -> Iterator[
             advance("")
 
 
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Sums over the tokens of each window, for estimates and for paired comparison of several models.
+
+    tokens   tokens scored
+    kl       sum_v p(v) (log p(v) - log q(v)), p the reference's, q the model's; nats
+    agree    1 where both find the same token most likely
+    gold     log p - log q of the token that the text has; nats
+    """
+
+    tokens: tuple[float, ...]
+    kl: tuple[float, ...]
+    agree: tuple[float, ...]
+    gold: tuple[float, ...]
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Means per token with 95 % intervals over windows; see `fidelity`."""
+        named = {"kl_nats_per_token": self.kl, "top1_agreement": self.agree, "gold_nats_change": self.gold}
+        return {name: statistics.ratio_of_sums(sums, self.tokens) for name, sums in named.items()}
+
+    def kl_difference(self, other: Divergence) -> Estimate:
+        """KL per token of this model minus that of another on the same windows, paired; below zero: this is closer."""
+        if self.tokens != other.tokens:
+            raise DataError("a paired difference needs both models to be read on the same windows.")
+        return statistics.ratio_of_sums([a - b for a, b in zip(self.kl, other.kl, strict=True)], self.tokens)
+
+
+def divergence(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | NextTokens,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: str | Path | None = None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> Divergence:
+    """What `fidelity` is made of, window by window; same arguments.
+
+    Raises ConfigError if the vocabularies differ, NumericsError if a model gives NaN, DataError for a short text.
+    """
+    if isinstance(reference, NextTokens):
+        tokens, theirs = reference.tokens, iter(reference.log_probs)
+    else:
+        tokens = window_tokens(model, tokenizer or tokenizer_of(reference), text, windows, length, seed)
+        theirs = _read(reference, tokens, "reference")
+    kl: list[float] = []
+    agree: list[float] = []
+    gold: list[float] = []
+    for ours, p in zip(_read(model, tokens, "fidelity"), theirs, strict=True):
+        if ours.shape != p.shape:
+            raise ConfigError(
+                f"the model predicts {ours.shape[-1]} tokens and the reference {p.shape[-1]}; fidelity compares models "
+                "of one vocabulary."
+            )
+        text_tokens = tokens[len(kl) : len(kl) + len(ours), 1:, None]
+        gap = p - ours
+        kl += (p.exp() * gap).sum(dim=-1).double().sum(dim=1).tolist()
+        agree += (ours.argmax(dim=-1) == p.argmax(dim=-1)).double().sum(dim=1).tolist()
+        gold += gap.gather(2, text_tokens)[..., 0].double().sum(dim=1).tolist()
+    return Divergence((float(tokens.shape[1] - 1),) * len(kl), tuple(kl), tuple(agree), tuple(gold))
+
+
 def fidelity(
     model: PreTrainedModel,
     reference: PreTrainedModel | NextTokens,
@@ -116,31 +179,13 @@ def fidelity(
 ) -> dict[str, Estimate]:
     """Faithfulness of `model` to `reference` per token of held-out prose, with 95 % intervals over windows.
 
-    kl_nats_per_token   mean over tokens of sum_v p(v) (log p(v) - log q(v)), p the reference's, q the model's; nats
+    kl_nats_per_token   mean over tokens of KL(reference || model) of the next-token distributions
     top1_agreement      share of tokens at which both find the same token most likely
-    gold_nats_change    mean increase of -log q(next token of the text) over the reference's; nats
+    gold_nats_change    mean increase of the negative log-likelihood of the text
 
     `reference` is a model, which is read batch by batch beside this one, or what `NextTokens.of` kept of it, whose
-    windows are then used and the other options ignored.
+    windows are then used and the other options ignored. `text` is a UTF-8 file instead of the shipped prose.
+    Raises what `divergence` raises.
     """
-    if isinstance(reference, NextTokens):
-        tokens, theirs = reference.tokens, iter(reference.log_probs)
-    else:
-        tokens = window_tokens(model, tokenizer or tokenizer_of(reference), text, windows, length, seed)
-        theirs = _read(reference, tokens, "reference")
-    kl, agree, change, count = [], [], [], []
-    start = 0
-    for ours, p in zip(_read(model, tokens, "fidelity"), theirs, strict=True):
-        if ours.shape != p.shape:
-            raise ConfigError(
-                f"the model predicts {ours.shape[-1]} tokens and the reference {p.shape[-1]}; fidelity compares models "
-                "of one vocabulary."
-            )
-        gold = tokens[start : start + len(ours), 1:, None]
-        start += len(ours)
-        kl += ((p.exp() * (p - ours)).sum(dim=-1).double().sum(dim=1)).tolist()
-        agree += (ours.argmax(dim=-1) == p.argmax(dim=-1)).double().sum(dim=1).tolist()
-        change += (p - ours).gather(2, gold)[..., 0].double().sum(dim=1).tolist()
-        count += [float(ours.shape[1])] * len(ours)
-    sums = {"kl_nats_per_token": kl, "top1_agreement": agree, "gold_nats_change": change}
-    return {name: statistics.ratio_of_sums(values, count) for name, values in sums.items()}
+    found = divergence(model, reference, tokenizer=tokenizer, text=text, windows=windows, length=length, seed=seed)
+    return found.estimates()
