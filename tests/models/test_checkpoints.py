@@ -190,6 +190,7 @@ def test_the_manifest_vouches_for_every_file_and_tensor(tmp_path: Path) -> None:
     assert set(manifest["files"]) == written - {"trimtab.json"}
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as weights:
         assert set(manifest["tensors"]) == set(weights.keys())
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # all readable by the same people
     assert manifest["ledger"]["bytes_at_rest"] == tensor_bytes(tmp_path / "out")
 
 
@@ -210,3 +211,13 @@ def test_loading_and_saving_say_nothing(tmp_path: Path, capfd: pytest.CaptureFix
         tt.save(compress_all(random_model("gpt2")), tmp_path / "out")
         tt.load(tmp_path / "out")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+def test_checkpoints_load_onto_a_gpu(family: str, tokens: Tensor, tmp_path: Path) -> None:
+    model = compress_all(random_model(family))
+    tt.save(model, tmp_path / "out")
+    there = tt.load(tmp_path / "out", device="cuda")
+    assert all(tensor.is_cuda for tensor in there.state_dict().values())
+    torch.testing.assert_close(logits(there, tokens.cuda()).cpu(), logits(model, tokens), rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits(there.cpu(), tokens), logits(model, tokens))

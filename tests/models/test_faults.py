@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -239,6 +242,36 @@ def test_a_killed_save_leaves_the_old_result(tmp_path: Path, tokens: Tensor) -> 
     tt.save(new, tmp_path / "out", force=True)
     assert torch.equal(logits(tt.load(tmp_path / "out"), tokens), logits(new, tokens))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small")
+    save_file(
+        {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5, dtype=torch.uint8)}, directory / "w.safetensors"
+    )
+    return directory / "w.safetensors"
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.floats(0, 1))
+def test_no_damage_passes(small_checkpoint: Path, place: float, bit: int, cut: float) -> None:
+    """A flipped bit or a missing end is an error, or changes neither a name, nor a dtype, a shape or a value."""
+    whole = small_checkpoint.read_bytes()
+    manifest = {"tensors": checkpoint.tensor_checksums(read_header(small_checkpoint))}
+    flipped = bytearray(whole)
+    flipped[int(place * len(whole))] ^= 1 << bit
+    for content in (bytes(flipped), whole[: int(cut * len(whole))]):
+        file = small_checkpoint.with_name("damaged.safetensors")
+        file.write_bytes(content)
+        try:
+            stored = read_header(file)
+            checkpoint.check_tensors(stored, manifest, "it")
+        except CheckpointError:
+            continue
+        for name, before in read_header(small_checkpoint).items():
+            after = stored[name]
+            assert (after.dtype, after.shape) == (before.dtype, before.shape)
+            assert content[after.start : after.end] == whole[before.start : before.end]
 
 
 def test_checksums_see_dtype_and_shape(tmp_path: Path) -> None:

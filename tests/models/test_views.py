@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trimtab.core.errors import ConfigError, TargetError
 from trimtab.models.families import families
 from trimtab.models.random import ALL_FAMILIES, random_model
-from trimtab.models.views import SITE_ORDER, LinearView, ModelView
+from trimtab.models.views import SITE_ORDER, LinearView, ModelView, rows_by_head, rows_in_order
 
 
 def record_inputs_and_outputs(
@@ -116,6 +118,16 @@ def test_rows_are_what_attention_uses(model: PreTrainedModel, tokens: Tensor) ->
             pair_norm = stored[..., :half] ** 2 + stored[..., half : 2 * half] ** 2
             torch.testing.assert_close(pair_norm, keys[..., :half] ** 2 + keys[..., half : 2 * half] ** 2)
             assert not torch.allclose(stored[..., :half], keys[..., :half])
+
+
+@given(parts=st.integers(1, 4), heads=st.integers(1, 5), head_dim=st.integers(1, 6))
+def test_fused_rows_are_a_partition(parts: int, heads: int, head_dim: int) -> None:
+    roles = tuple("abcd"[:parts])
+    for rows in (rows_by_head(roles, heads, head_dim), rows_in_order(*((role, heads * head_dim) for role in roles))):
+        every = torch.arange(parts * heads * head_dim)
+        assert torch.equal(torch.cat([every[rows[role]] for role in roles]).sort().values, every)
+    heads_of_first = torch.arange(parts * heads * head_dim).view(heads, parts * head_dim)[:, :head_dim]
+    assert torch.equal(torch.as_tensor(rows_by_head(roles, heads, head_dim)["a"]), heads_of_first.reshape(-1))
 
 
 def test_gated_and_fused_mlps(model: PreTrainedModel) -> None:

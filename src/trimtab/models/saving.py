@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,8 @@ def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) 
                 model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         except SafetensorError as error:
             raise OutputError(f"{directory} cannot be written ({error}); nothing was changed.") from None
+        for file in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+            shutil.copymode(partial / "config.json", file)
         if (tokenizer := info_of(model).tokenizer) is not None:
             tokenizer.save_pretrained(partial)
         manifest = _manifest(model, partial)
