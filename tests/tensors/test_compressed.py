@@ -49,6 +49,16 @@ def test_interface_is_that_of_the_dense_weight(
     assert torch.equal(back.dequantize(), tensor.dequantize())
 
 
+def test_rebuilding_looks_at_no_values() -> None:
+    """Loaders build the layer first and fill its buffers afterwards."""
+    tensor = compress(torch.randn(4, 8), 2, 0.1, rotated=True)
+    wanted = CompressedTensor.buffers(tensor.spec())
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in wanted.items()}
+    back = CompressedTensor.from_state(tensor.spec(), empty)
+    assert back.shape == (4, 8)
+    assert back.nbytes == tensor.nbytes
+
+
 def test_buffers_are_named_by_part() -> None:
     tensor = compress(torch.randn(4, 8), 2, 0.1, rotated=False)
     names = {"0.codes", "0.scales", "1.left", "1.right", "2.values", "2.columns", "2.offsets"}

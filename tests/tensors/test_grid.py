@@ -102,6 +102,21 @@ def test_asymmetric_codes_by_hand() -> None:
     assert grid.codes().tolist() == [[0, 15, 5, 7]]
 
 
+def test_zeros_and_codes_follow_the_scale_as_stored() -> None:
+    """A bfloat16 scale is off by up to half a code in 256: at 8 bits many zeros differ from the exact scale's."""
+    weight = torch.rand(200, 64) - torch.rand(200, 1)
+    fmt = GridFormat(bits=8, symmetric=False, scale_dtype="bfloat16")
+    low, high = weight.amin(dim=1, keepdim=True).clamp(max=0), weight.amax(dim=1, keepdim=True).clamp(min=0)
+    exact = (high - low) / 255
+    stored = exact.bfloat16().float()
+    grid = GroupGrid.quantize(weight, fmt)
+    assert grid.zeros is not None
+    assert torch.equal(grid.zeros.float(), torch.round(-low / stored).clamp(0, 255))
+    assert bool((grid.zeros.float() != torch.round(-low / exact)).any())
+    codes = (torch.round(weight / stored) + grid.zeros.float()).clamp(0, 255)
+    assert torch.equal(grid.codes().float(), codes)
+
+
 def test_ties_go_to_even() -> None:
     values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
     codes = column_codes(values, torch.ones(6), None, GridFormat(bits=4))

@@ -69,6 +69,12 @@ def test_a_metric_moves_the_selection() -> None:
         assert SparseOutliers.select(target, 0.5, metric).dequantize().tolist() == expected
 
 
+def test_weights_count_squared_errors() -> None:
+    """Dropping 3 costs 9; dropping 1 of weight 4 costs 4."""
+    part = SparseOutliers.select(torch.tensor([[3.0, 1.0]]), 0.5, Metric.diagonal(torch.tensor([1.0, 4.0])))
+    assert part.dequantize().tolist() == [[3.0, 0.0]]
+
+
 @given(st.integers(0, 2**31), st.floats(0, 0.5))
 def test_projection_keeps_the_count_and_what_is_outside_the_subset(seed: int, fraction: float) -> None:
     torch.manual_seed(seed)
