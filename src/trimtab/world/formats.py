@@ -15,8 +15,8 @@ from trimtab.world.split import belongs, generator
 from trimtab.world.types import Document, Example, Span, Split
 
 OPERATIONS: dict[str, tuple[str, Callable[[list[str]], str]]] = {
-    "brackets": ("Put the words in brackets.", lambda w: f"[{' '.join(w)}]"),
-    "quotes": ("Put the words in quotes.", lambda w: f'"{" ".join(w)}"'),
+    "brackets": ("Put the words in brackets.", lambda w: f"[ {' '.join(w)} ]"),
+    "stars": ("Put the words in stars.", lambda w: f"* {' '.join(w)} *"),
     "commas": ("Put commas between the words.", lambda w: ", ".join(w)),
     "dashes": ("Put dashes between the words.", lambda w: " - ".join(w)),
     "and": ("Put and between the words.", lambda w: " and ".join(w)),

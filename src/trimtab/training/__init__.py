@@ -1,0 +1,1 @@
+"""Training: the reference models and, later, objectives, optimisers and data programs."""
