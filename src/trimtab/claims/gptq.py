@@ -48,7 +48,7 @@ def gains_at_all_low_bits() -> Outcome:
     baseline: dict[str, float] = {}
     closer = True
     for bits in (4, 3, 2):
-        gptq, rtn = measured(Gptq(bits=bits)), measured(Rtn(bits=bits))  # type: ignore[arg-type]
+        gptq, rtn = measured(Gptq(bits=bits)), measured(Rtn(bits=bits))
         found |= {
             f"kl_nats_per_token_{bits}_bits": gptq.kl,
             f"kl_difference_high_{bits}_bits": gptq.divergence.kl_difference(rtn.divergence).high,

@@ -45,8 +45,8 @@ class LocalClient:
     batch_tokens   tokens per forward pass, padding included; smaller for large vocabularies, whose logits count most
     window         tokens a window of `Score` reads at once; default min(context, 2,048)
     stride         tokens each further window scores; default half of the window
-    overflow       what to do with a log-likelihood longer than the context: "error" raises BudgetError, "truncate"
-                   drops tokens on the left and counts them in `truncated`
+    overflow       what to do with a prompt that does not fit the context: "error" raises BudgetError, "truncate"
+                   drops tokens on its left and counts the prompt in `truncated`
     context        most tokens the model reads; default from its configuration
     """
 
@@ -123,7 +123,11 @@ class LocalClient:
         ids = self.encoder.prompt(request.prompt)
         if request.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, but is {request.max_new_tokens}.")
-        if self.context and len(ids) + request.max_new_tokens > self.context:
+        excess = len(ids) + request.max_new_tokens - self.context if self.context else 0
+        if excess > 0 and self.overflow == "truncate" and excess < len(ids):
+            self.truncated += 1
+            return ids[excess:]
+        if excess > 0:
             raise BudgetError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens={request.max_new_tokens} do not fit the model's "
                 f"context of {self.context}: {request.prompt[:60]!r}..."

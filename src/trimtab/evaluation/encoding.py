@@ -87,13 +87,17 @@ class Encoder:
         return Scored(request, tuple(prefix + joint), len(prefix) + len(head), ends)
 
     def windows(self, request: int, text: str, window: int, stride: int) -> list[Scored]:
-        """Cut a text so that each token is scored once, the first given BOS, later ones at least window - stride."""
+        """Cut a text so that each token is scored once, the first given BOS, later ones at least window - stride.
+
+        The last window reaches back as far as it can, so it has the full context too.
+        """
         if not 1 <= stride <= window:
             raise ConfigError(f"scoring stride must be in [1, window = {window}], but is {stride}.")
         ids = (self.start_token, *self.ids(text))
         parts, begin, done = [], 0, 1
         while done < len(ids):
             end = min(begin + window + 1, len(ids))
+            begin = max(0, end - 1 - window)
             parts.append(Scored(request, ids[begin:end], done - begin))
             begin, done = end - 1 - (window - stride), end
         return parts
