@@ -26,7 +26,9 @@ def _undocumented(path: Path) -> list[str]:
 
 
 def test_modules_classes_and_functions_have_docstrings() -> None:
+    """Experiments of claims have none: the text of their Claim is what documents them."""
     missing = [entry for path in sorted(PACKAGE.rglob("*.py")) for entry in _undocumented(path)]
+    missing = [entry for entry in missing if not entry.startswith("claims/") or ": " not in entry]
     assert not missing
 
 

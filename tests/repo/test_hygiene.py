@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "trimtab"
-MAX_LINES = 400
+MAX_LINES = {"src": 400, "scripts": 400, "tests": 500}
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".cpp", ".h", ".html", ".css", ".cfg", ""}
 
@@ -38,12 +38,13 @@ def python_files() -> list[Path]:
 
 
 def test_modules_are_short_enough_to_read() -> None:
-    long = {
-        str(path.relative_to(ROOT)): count
-        for path in python_files()
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
-    }
-    assert not long, f"split these, the limit is {MAX_LINES} lines: {long}"
+    long = {}
+    for path in python_files():
+        relative = path.relative_to(ROOT)
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        if count > MAX_LINES.get(relative.parts[0], 400):
+            long[str(relative)] = count
+    assert not long, f"split these, the limits are {MAX_LINES} lines: {long}"
 
 
 def test_no_drawers() -> None:
