@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -37,17 +38,26 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 
 @pytest.fixture
-def refused(cli: Callable[..., Ran]) -> Callable[..., Ran]:
-    """Run a command that must be refused: status 2, one message on standard error, no traceback, no output."""
+def refused(cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run a command in `tmp_path` that must be refused: status 2, one message on standard error, nothing changed.
+
+    `names` are parts of the message.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(tmp_path.rglob("*"))}
 
     def run(*arguments: str, names: Sequence[str]) -> Ran:
+        before = content()
         ran = cli(*arguments)
         assert ran.status == 2, ran
         assert ran.out == ""
         assert "Traceback" not in ran.err
-        flat = " ".join(ran.err.replace("│", " ").split())
+        message = " ".join(ran.err.replace("│", " ").split())
         for name in names:
-            assert name in flat
+            assert name in message
+        assert content() == before
         return ran
 
     return run
@@ -85,3 +95,28 @@ def records() -> list[RunRecord]:
         rows.append((f"rtn {bits}-bit", "rtn", bits, size, 0.8 / bits**3 * 4, 1.2 + 1.5 / bits**2))
         rows.append((f"gptq {bits}-bit", "gptq", bits, size, 0.4 / bits**3 * 4, 1.2 + 0.9 / bits**2))
     return [record(*row) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two blocks with ref's tokenizer, as a directory; do not change it."""
+    import trimtab as tt
+    from trimtab.models import info_of
+    from trimtab.models.info import find_tokenizer
+
+    assets = Path(tt.__file__).parent / "assets" / "ref"
+    tokenizer = find_tokenizer(str(assets))
+    assert tokenizer is not None
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 2048}
+    model = tt.models.random_model("llama", vocab_size=len(tokenizer), **sizes)
+    info_of(model).tokenizer = tokenizer
+    return tt.save(model, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_rtn(tiny: Path) -> Path:
+    """The same, compressed at 4 bits."""
+    import trimtab as tt
+
+    model = tt.compress(tt.load(tiny), tt.weights.Rtn(bits=4, group_size=32), progress=False)
+    return tt.save(model, tiny.parent / "tiny-rtn")

@@ -77,6 +77,7 @@ class Setting:
     limit       most documents per task
     text        calibration text; None: the prose that comes with trimtab
     sequences   calibration sequences
+    length      tokens of each; None: the model's context, at most 2,048
     mode        "sequential" or "dense" calibration
     prompt      if given, each row continues it greedily by `sample_tokens` tokens
     """
@@ -86,6 +87,7 @@ class Setting:
     limit: int | None = None
     text: Path | None = None
     sequences: int = 128
+    length: int | None = None
     mode: str = "sequential"
     seed: int = 0
     device: str | None = None
@@ -156,7 +158,7 @@ def _compress(model: PreTrainedModel, setting: Setting, recipe: Recipe) -> None:
     from trimtab.app.cli.compress import calibration_of
     from trimtab.weights import compress
 
-    calibration = calibration_of(model, recipe, setting.text, setting.sequences, setting.seed)
+    calibration = calibration_of(model, recipe, setting.text, setting.sequences, setting.length, setting.seed)
     compress(model, recipe, calibration=calibration, mode=setting.mode, seed=setting.seed)
 
 
@@ -170,12 +172,11 @@ def _next_tokens(model: PreTrainedModel, seed: int) -> NextTokens:
 
 
 def _sample(model: PreTrainedModel, setting: Setting) -> str:
-    from trimtab.app.cli.generate import continue_text
+    from trimtab.app.cli.generate import continue_tokens, encode_prompt
 
     assert setting.prompt is not None
-    return continue_text(model, setting.prompt, max_new_tokens=setting.sample_tokens, temperature=0, seed=setting.seed)[
-        0
-    ]
+    ids = encode_prompt(model, setting.prompt, setting.sample_tokens)
+    return continue_tokens(model, ids, max_new_tokens=setting.sample_tokens, temperature=0, seed=setting.seed)[0]
 
 
 def save_records(records: Iterator[RunRecord], out: Path) -> Iterator[RunRecord]:

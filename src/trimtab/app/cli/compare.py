@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.app.cli.compress import CalibrationMode, Mode, Sequences, Text
+from trimtab.app.cli.compress import CalibrationMode, Length, Mode, Sequences, Text
 from trimtab.app.cli.evaluate import Limit, Tasks, checked_tasks
 from trimtab.app.cli.options import (
     AsJson,
@@ -52,6 +52,7 @@ def run(
     limit: Limit = None,
     text: Text = None,
     sequences: Sequences = 128,
+    length: Length = None,
     mode: CalibrationMode = Mode.sequential,
     seed: Seed = 0,
     device: Device = None,
@@ -71,7 +72,15 @@ def run(
     check_text(text)
     check_output(out, force, holds="runs")
     setting = Setting(
-        model, names, limit=limit, text=text, sequences=sequences, mode=mode.value, seed=seed, device=device
+        model,
+        names,
+        limit=limit,
+        text=text,
+        sequences=sequences,
+        length=length,
+        mode=mode.value,
+        seed=seed,
+        device=device,
     )
     records = measure(setting, variants, out)
     if as_json:

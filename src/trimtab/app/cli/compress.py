@@ -46,7 +46,10 @@ Text = Annotated[
     Path | None,
     typer.Option(help="UTF-8 text to calibrate on; without it, the prose that comes with trimtab.", show_default=False),
 ]
-Sequences = Annotated[int, typer.Option(min=1, help="Calibration sequences, as long as the model's context.")]
+Sequences = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per calibration sequence.", show_default="the context, at most 2048")
+]
 CalibrationMode = Annotated[
     Mode, typer.Option(help="sequential: layers see what the compressed ones before them make. dense: one pass.")
 ]
@@ -74,8 +77,8 @@ def _chosen_recipe(method: str | None, settings: list[str] | None, file: Path | 
     return Recipe.from_yaml(file)
 
 
-def calibration_of(model: Any, recipe: Recipe, text: Path | None, sequences: int, seed: int) -> Any:
-    """The calibration set that --text, --sequences and --seed stand for; None if the method needs no data.
+def calibration_of(model: Any, recipe: Recipe, text: Path | None, sequences: int, length: int | None, seed: int) -> Any:
+    """The calibration set that --text, --sequences, --length and --seed stand for; None if the method needs no data.
 
     Raises DataError if the text is too short for one sequence.
     """
@@ -85,7 +88,9 @@ def calibration_of(model: Any, recipe: Recipe, text: Path | None, sequences: int
     if not any(getattr(step, "needs", None) for step in recipe.methods()):
         return None
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return CalibrationSet.from_text(text, tokenizer_of(model), sequences=sequences, context=context, seed=seed)
+    return CalibrationSet.from_text(
+        text, tokenizer_of(model), sequences=sequences, length=length, context=context, seed=seed
+    )
 
 
 def run(
@@ -96,6 +101,7 @@ def run(
     recipe: Annotated[Path | None, typer.Option(help="YAML file: steps with options.", show_default=False)] = None,
     text: Text = None,
     sequences: Sequences = 128,
+    length: Length = None,
     mode: CalibrationMode = Mode.sequential,
     seed: Seed = 0,
     device: Device = None,
@@ -117,7 +123,7 @@ def run(
 
     loaded = tt.load(model, device=device)
     before = ledger_of(loaded)
-    calibration = calibration_of(loaded, wanted, text, sequences, seed)
+    calibration = calibration_of(loaded, wanted, text, sequences, length, seed)
     compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
     after = ledger_of(loaded)
     record = loaded.trimtab.record

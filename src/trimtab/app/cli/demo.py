@@ -33,7 +33,9 @@ def run(
 
     started = time.perf_counter()
     say("The reference model 'ref' at 4, 3 and 2 bits: rounded (rtn), and with rounding errors passed on (gptq).")
-    setting = Setting("ref", ("prose", "recall", "facts"), limit=32, sequences=16, mode="dense", prompt=PROMPT)
+    setting = Setting(
+        "ref", ("prose", "recall", "facts"), limit=24, sequences=16, length=512, mode="dense", prompt=PROMPT
+    )
     records = measure(setting, plan(("rtn", "gptq"), (4, 3, 2), {}), out)
     show(comparison_table("ref", records))
     for record in records:
@@ -41,7 +43,7 @@ def run(
             show(f"[bold]{record.config['label']}[/bold]")
             print(f"  {PROMPT}{record.metrics['samples'][0]['text']}\n")
     show(
-        f"Took {time.perf_counter() - started:.0f} s. With pictures and all records: [bold]{out / 'report.html'}[/bold]",
+        f"Took {time.perf_counter() - started:.0f} s. With pictures and records: [bold]{out / 'report.html'}[/bold]",
         "",
     )
     show("Try next:", *(f"  {command}" for command in NEXT))

@@ -16,36 +16,44 @@ EXAMPLES = (
 )
 
 
-def continue_text(
-    model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, streamer: Any = None
+def encode_prompt(model: Any, prompt: str, max_new_tokens: int) -> Any:
+    """Token ids [1, length]. Raises DataError if there is none, or if prompt and new tokens exceed the context."""
+    from trimtab.models import tokenizer_of
+
+    ids = tokenizer_of(model)(prompt, return_tensors="pt")["input_ids"]
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if ids.shape[1] == 0:
+        raise DataError("the prompt holds no token. Give a text with -p.")
+    if window is not None and ids.shape[1] + max_new_tokens > window:
+        raise DataError(
+            f"the prompt ({ids.shape[1]} tokens) and --max-new-tokens {max_new_tokens} exceed the model's {window} "
+            "positions."
+        )
+    return ids
+
+
+def continue_tokens(
+    model: Any, ids: Any, *, max_new_tokens: int, temperature: float, seed: int, streamer: Any = None
 ) -> tuple[str, int]:
-    """The continuation of `prompt` and the number of its tokens. Temperature 0 is greedy. Raises DataError."""
+    """The continuation of token ids [1, length] as text, and the number of its tokens. Temperature 0 is greedy."""
     import torch
 
     from trimtab.models import tokenizer_of
 
     tokenizer = tokenizer_of(model)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    length = int(inputs["input_ids"].shape[1])
-    window = model.config.get_text_config().max_position_embeddings
-    if length == 0:
-        raise DataError("the prompt holds no token. Give a text with -p.")
-    if length + max_new_tokens > window:
-        raise DataError(
-            f"the prompt ({length} tokens) and --max-new-tokens {max_new_tokens} exceed the model's {window} positions."
-        )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = ids.to(model.device)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
-    new = output[0, length:]
+    new = output[0, ids.shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True)), int(new.shape[0])
 
 
@@ -70,13 +78,14 @@ def run(
 
     loaded = tt.load(model, device=device)
 
+    ids = encode_prompt(loaded, prompt, max_new_tokens)
     streamer = None
     if not as_json:
         typer.echo(prompt, nl=False)
         streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
-    text, count = continue_text(
-        loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=streamer
+    text, count = continue_tokens(
+        loaded, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=streamer
     )
     if as_json:
         seconds = time.perf_counter() - start

@@ -1,0 +1,143 @@
+"""The commands on a tiny model: what they write, in JSON and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Ran
+
+Cli = Callable[..., Ran]
+NUMBERS = {"value", "low", "high"}
+
+
+def test_compress_saves_a_checkpoint_and_says_what_changed(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    ran = cli("compress", str(tiny), "--method", "rtn", "--set", "bits=3", "--set", "group-size=32", "--set",
+              "targets=gate,up", "-o", str(out), "--json")  # fmt: skip
+    assert ran.status == 0, ran.err
+    told = ran.json
+    assert told["recipe"]["steps"][0]["bits"] == 3
+    assert {entry["role"] for entry in told["changed"]} == {"gate", "up"}
+    assert {"module": "model.layers.0.mlp.down_proj", "reason": "no pattern in `targets` matches it"} in told[
+        "unchanged"
+    ]
+    assert told["ledger"]["after"]["bytes_at_rest"] < told["ledger"]["before"]["bytes_at_rest"]
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "LlamaForCausalLM"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_compress_from_a_recipe_file_as_a_table(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("version: 1\nsteps:\n  - {method: gptq, bits: 4, group_size: 32}\n")
+    ran = cli("compress", str(tiny), "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"),
+              "--sequences", "4", "--length", "64", "--mode", "dense")  # fmt: skip
+    assert ran.status == 0, ran.err
+    for part in ("down", "bytes at rest", "left alone: 1 x embeddings are never compressed", str(tmp_path / "out")):
+        assert part in ran.out
+
+
+def test_compress_replaces_a_checkpoint_only_with_force(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    command = ("compress", str(tiny), "--method", "rtn", "--set", "group_size=32", "-o", str(tmp_path / "out"))
+    assert cli(*command).status == 0
+    assert cli(*command).status == 2
+    assert cli(*command, "--set", "bits=2", "--force", "--json").json["recipe"]["steps"][0]["bits"] == 2
+
+
+def test_generate_streams_and_json_agree(cli: Cli, tiny_rtn: Path) -> None:
+    command = ("generate", str(tiny_rtn), "-p", "Once upon", "--max-new-tokens", "5")
+    told = cli(*command, "--json")
+    assert told.json["tokens"] == 5
+    assert cli(*command).out.strip("\n") == "Once upon" + told.json["text"]
+
+
+def test_generate_with_a_temperature_repeats_with_the_seed(cli: Cli, tiny: Path) -> None:
+    command = ("generate", str(tiny), "-p", "Once", "--max-new-tokens", "8", "--temperature", "1.5", "--json", "--seed")
+    first, again, other = (cli(*command, seed).json["text"] for seed in ("1", "1", "2"))
+    assert first == again
+    assert first != other
+
+
+def test_evaluate_json(cli: Cli, tiny: Path, tiny_rtn: Path) -> None:
+    ran = cli("evaluate", str(tiny_rtn), "--tasks", "prose,facts", "--limit", "3", "--reference", str(tiny), "--json")
+    assert ran.status == 0, ran.err
+    tasks = ran.json["tasks"]
+    assert list(tasks) == ["prose", "facts"]
+    assert all(set(metric) >= NUMBERS for task in tasks.values() for metric in task.values())
+    assert {"task", "metric", "difference", "recovery"} <= set(ran.json["comparisons"][0])
+
+
+def test_evaluate_table_and_own_text(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("A short text of one's own. " * 20)
+    ran = cli("evaluate", str(tiny), "--tasks", "prose", "--text", str(tmp_path / "own.txt"))
+    assert ran.status == 0, ran.err
+    assert "bits_per_byte" in ran.out
+    assert "smaller is better" in ran.out
+
+
+def test_modules(cli: Cli, tiny: Path, tiny_rtn: Path) -> None:
+    told = cli("modules", str(tiny), "--json").json
+    assert len(told["linears"]) == 14
+    first = told["linears"][0]
+    assert first["name"] == "model.layers.0.self_attn.q_proj"
+    assert first["parameters"] == first["out_features"] * first["in_features"]
+    assert "CompressedLinear" in cli("modules", str(tiny_rtn)).out
+
+
+def test_describe(cli: Cli) -> None:
+    told = cli("describe", "gptq", "--json").json
+    options = {option["name"]: option for option in told["options"]}
+    assert options["bits"]["default"] == 4
+    assert options["bits"]["type"] == "2 | 3 | 4 | 8"
+    assert all(option["help"] for option in options.values())
+    assert "2210.17323" in cli("describe", "gptq").out
+
+
+def test_describe_every_method_documents_every_option(cli: Cli) -> None:
+    for entry in cli("list", "--json").json:
+        options = cli("describe", entry["name"], "--json").json["options"]
+        assert [o["name"] for o in options if not o["help"]] == [], entry["name"]
+
+
+def test_compare_measures_all_and_writes_a_report(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    command = ("compare", str(tiny), "--set", "group_size=32", "--tasks", "prose,facts", "--limit", "2", "--sequences",
+               "4", "--length", "64", "--mode", "dense", "-o", str(out))  # fmt: skip
+    ran = cli(*command, "--methods", "rtn,gptq", "--bits", "3", "--set", "gptq.act_order=true", "--json")
+    assert ran.status == 0, ran.err
+    assert [record["config"]["label"] for record in ran.json] == ["uncompressed", "rtn 3-bit", "gptq 3-bit"]
+    rtn, gptq = ran.json[1], ran.json[2]
+    assert "act_order" not in rtn["config"]["recipe"]["steps"][0]
+    assert gptq["config"]["recipe"]["steps"][0]["act_order"] is True
+    assert rtn["ledger"]["keep_fraction"] == gptq["ledger"]["keep_fraction"] < 1
+    assert all(record["metrics"]["fidelity"]["kl_nats_per_token"]["value"] > 0 for record in (rtn, gptq))
+    assert len(list((out / "runs").glob("*.json"))) == 3
+    assert "gptq 3-bit" in (out / "report.html").read_text(encoding="utf-8")
+
+    again = cli(*command, "--methods", "rtn", "--force")
+    assert again.status == 0, again.err
+    assert "uncompressed" in again.out
+    assert sorted(p.name for p in (out / "runs").iterdir()) == ["00-uncompressed.json", "01-rtn-4-bit.json"]
+
+
+def test_claims_status_and_json(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab import claims
+    from trimtab.claims.base import Verdict
+
+    def verdict(holds: bool) -> Verdict:
+        return Verdict("rtn", "a paper", "a claim", "an experiment", {"kl": 0.1}, {"kl": 0.2}, holds, 1.5)
+
+    for answers, status in (([True, True], 0), ([True, False], 3)):
+        monkeypatch.setattr(
+            claims, "run_claims", lambda name, answers=answers: [verdict(a) for a in answers], raising=False
+        )
+        ran = cli("claims", "rtn", "--json")
+        assert ran.status == status
+        fields = ["system", "paper", "claim", "experiment", "measured", "baseline", "holds", "seconds"]
+        assert all(list(entry)[:8] == fields for entry in ran.json)
+        table = cli("claims")
+        assert table.status == status
+        assert ("does not hold" in table.out) == (status == 3)
