@@ -28,7 +28,7 @@ def compress(weight: torch.Tensor, rank: int, fraction: float, rotated: bool, bi
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.booleans(), st.floats(0, 0.3), st.integers(0, 2**31))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_interface_is_that_of_the_dense_weight(
     out_features: int, in_features: int, rotated: bool, fraction: float, seed: int
 ) -> None:

@@ -281,6 +281,7 @@ def test_importance_decides_whose_error_counts() -> None:
 
 
 @given(cases())
+@settings(max_examples=50)
 def test_column_helpers_agree_with_the_whole_matrix(case: tuple[torch.Tensor, GridFormat]) -> None:
     """What a sequential method does column by column, with parameters taken group by group, is plain rounding."""
     weight, fmt = case
