@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -175,12 +174,11 @@ def test_memory_does_not_grow_with_depth_beyond_the_result(mode: str) -> None:
 
     def measure(layers: int) -> tuple[int, int]:
         model = random_model("llama", num_hidden_layers=layers, intermediate_size=256)
-        quietly(copy.deepcopy(model), GPTQ, data, mode=mode)  # whatever is allocated once only
         with LiveBytes([*model.parameters(), *model.buffers(), data.tokens, data.mask]) as live:
             quietly(model, GPTQ, data, mode=mode)
         return live.peak, sum(m.tensor.nbytes for m in model.modules() if isinstance(m, CompressedLinear))
 
-    (peak, result), (deep_peak, deep_result) = measure(2), measure(6)
+    (peak, result), (deep_peak, deep_result) = measure(2), measure(4)
     gram = 256 * 256 * 4
     assert peak > gram + result
     assert deep_peak - peak < (deep_result - result) + gram / 8
@@ -193,7 +191,6 @@ def test_replaced_weights_are_freed_as_it_goes(calibration: CalibrationSet, monk
     own = Gptq.compress
 
     def count(self: Gptq, linear: LinearView, stats: Stats | None) -> Any:
-        gc.collect()
         alive.append(sum(weight() is not None for weight in weights.values()))
         return own(self, linear, stats)
 

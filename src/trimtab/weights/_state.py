@@ -54,24 +54,25 @@ class State:
 
     def _open(self, fingerprint: Mapping[str, Any]) -> None:
         run = self.path / "run.json"
-        wanted = {"version": STATE_VERSION, **fingerprint}
+        text = json.dumps({"version": STATE_VERSION, **fingerprint}, indent=2, sort_keys=True) + "\n"
         if not run.exists():
             # hidden names are what a writer killed here left behind
             if self.path.exists() and not (
                 self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())
             ):
                 raise CheckpointError(f"{self.path} is not the state of a compression run; give another directory.")
-            write_text_atomically(run, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            write_text_atomically(run, text)
             return
         try:
             found = json.loads(run.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{run} cannot be read ({error}). Remove {self.path} to begin anew.") from None
+        wanted = json.loads(text)  # as it would have been read: lists, not tuples
         for name in sorted(wanted.keys() | found.keys()):
             if found.get(name) != wanted.get(name):
                 raise CheckpointError(
-                    f"{self.path} holds an unfinished run with another {name}: {found.get(name)!r} there, "
-                    f"{wanted.get(name)!r} now. Repeat that run to finish it, or remove the directory to begin anew."
+                    f"{self.path} holds an unfinished run with another {name}: {json.dumps(found.get(name))} there, "
+                    f"{json.dumps(wanted.get(name))} now. Repeat that run to finish it, or remove the directory to begin anew."
                 )
 
     def save_block(self, index: int, linears: Mapping[str, Compressed]) -> None:
