@@ -59,7 +59,7 @@ class Run:
         compiled: bool = True,
         save_every: int = 100,
     ) -> None:
-        self.model = model.to(device)
+        self.model = model.to(device)  # type: ignore[arg-type]
         self.stages = stages
         self.rows = rows
         self.out = out

@@ -97,6 +97,7 @@ def _block(x_BTD: Tensor, layer: LlamaDecoderLayer, cos_BTC: Tensor, sin_BTC: Te
     config = attention.config
     C, eps = attention.head_dim, config.rms_norm_eps
     H, K = config.num_attention_heads, config.num_key_value_heads
+    assert K is not None
     B, T, _ = x_BTD.shape
     weight = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
     h = _rms_norm(x_BTD, layer.input_layernorm.weight, eps)
@@ -141,7 +142,7 @@ class TrainingLoss:
         angles = positions_BT.float().unsqueeze(-1) * (ROPE_THETA**-half)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
-        x = self.model.model.embed_tokens(ids_BT)
+        x: Tensor = self.model.model.embed_tokens(ids_BT)
         for layer in self.model.model.layers:
             x = self.block(x, layer, cos, sin)
         return x
@@ -150,7 +151,7 @@ class TrainingLoss:
         """The loss of a batch; ``weights_BT`` weighs the prediction *of* each token."""
         inner = self.model.model
         x = self.hidden_states(ids_BT[:, :-1], positions_BT[:, :-1])
-        return self.head(
+        loss: Tensor = self.head(
             x,
             inner.norm.weight,
             self.model.config.rms_norm_eps,
@@ -158,3 +159,4 @@ class TrainingLoss:
             ids_BT[:, 1:],
             weights_BT[:, 1:],
         )
+        return loss

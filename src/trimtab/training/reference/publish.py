@@ -16,12 +16,12 @@ from trimtab.training.reference.texts import HELD_OUT
 def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, run: Path, books: Path) -> None:
     """Write ``run/model``: the model in bfloat16 as a Hugging Face directory with its papers."""
     with atomic_directory(run / "model", force=True) as out:
-        model.generation_config = GenerationConfig(
+        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model.to(torch.bfloat16).save_pretrained(out)
+        model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
         tokenizer.save_pretrained(out)
         write_curve(run / "log.jsonl", out)
         files = sorted(books.glob("*.txt"))
