@@ -1,7 +1,7 @@
-"""The pattern of an operation: a plain reference, fast backends beside it, and a choice that explains itself.
+"""The pattern of every operation: a plain reference, faster backends, and a choice that explains itself.
 
-`TRIMTAB_KERNELS` forces a backend by name (reference, native, triton); a forced backend that cannot run the input
-raises KernelUnavailable, it never falls back. Without it, the first backend that does not refuse runs.
+An operation is five things: `reference.py` in plain PyTorch; backends beside it with the same signature; this dispatch;
+a parity suite in tests/kernels; a benchmark that prints no speed when parity is red (bench.py).
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
-log = logging.getLogger("trimtab.kernels")
 
-ENVIRONMENT_VARIABLE = "TRIMTAB_KERNELS"
+KERNELS_VARIABLE = "TRIMTAB_KERNELS"
+"""Environment variable: the only backend allowed, or "reference". Empty: the first that does not refuse."""
+
+log = logging.getLogger("trimtab.kernels")
 
 
 @dataclass(frozen=True, slots=True)
 class Backend(Generic[P, R]):
-    """A fast path. `absent()` says why it cannot run on this machine at all; `refuses(*args)` why not on this input.
+    """A faster way to compute an operation.
 
-    Both return None if it can.
+    run       called with the reference's arguments, after neither of the others refused
+    absent    why it cannot run on this machine, in words, or None
+    refuses   why it cannot take these arguments, in words, or None
     """
 
     name: str
@@ -34,48 +38,44 @@ class Backend(Generic[P, R]):
     refuses: Callable[P, str | None]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class KernelOp(Generic[P, R]):
-    """An operation: call it with the arguments of its reference."""
+    """An operation, called as its reference. `backends` are tried in order; each choice and its reasons is logged once."""
 
     name: str
     reference: Callable[P, R]
     backends: tuple[Backend[P, R], ...]
-    _said: set[str] = field(default_factory=set)
+    _logged: set[str] = field(default_factory=set)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        forced = os.environ.get(ENVIRONMENT_VARIABLE)
-        if forced:
-            return self._forced(forced)(*args, **kwargs)
+        if forced := os.environ.get(KERNELS_VARIABLE):
+            return self._run_forced(forced, *args, **kwargs)
         for backend in self.backends:
             reason = backend.absent() or backend.refuses(*args, **kwargs)
             if reason is None:
+                self._log_once(f"{self.name} runs on {backend.name}")
                 return backend.run(*args, **kwargs)
-            self._say_once(backend.name, reason)
+            self._log_once(f"{self.name} does not run on {backend.name}: {reason}")
+        self._log_once(f"{self.name} runs on its reference")
         return self.reference(*args, **kwargs)
 
-    def _forced(self, name: str) -> Callable[P, R]:
+    def _run_forced(self, name: str, *args: P.args, **kwargs: P.kwargs) -> R:
         if name == "reference":
-            return self.reference
+            return self.reference(*args, **kwargs)
         backend = next((b for b in self.backends if b.name == name), None)
         if backend is None:
             known = ["reference", *(b.name for b in self.backends)]
-            raise ConfigError(f"{ENVIRONMENT_VARIABLE}={name}: {self.name} has no such backend. {did_you_mean(name, known)}")
-        chosen = backend
+            raise ConfigError(
+                f"{KERNELS_VARIABLE}={name}: {self.name} has no such backend. {did_you_mean(name, known)}"
+            )
+        if reason := backend.absent() or backend.refuses(*args, **kwargs):
+            raise KernelUnavailable(
+                f"{KERNELS_VARIABLE}={name}, but {self.name} cannot run on it: {reason}. "
+                f"Unset {KERNELS_VARIABLE} to let trimtab choose."
+            )
+        return backend.run(*args, **kwargs)
 
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            reason = chosen.absent() or chosen.refuses(*args, **kwargs)
-            if reason is not None:
-                raise KernelUnavailable(
-                    f"{ENVIRONMENT_VARIABLE}={name}, but {self.name} cannot use it: {reason}. Unset the variable to let "
-                    "trimtab choose."
-                )
-            return chosen.run(*args, **kwargs)
-
-        return run
-
-    def _say_once(self, backend: str, reason: str) -> None:
-        message = f"{self.name}: not using {backend}: {reason}"
-        if message not in self._said:
-            self._said.add(message)
+    def _log_once(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
             log.info(message)

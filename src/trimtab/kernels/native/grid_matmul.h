@@ -1,137 +1,85 @@
-// x @ W^T for group-affine weights: what all instruction sets share. The packed layout is that of packing.py.
+// out[b][o] = sum_i x[b][i] * scale[o][g(i)] * (code[o][i] - zero[o][g(i)]), on the packed layout of packing.py.
 //
-// Each instruction set supplies a policy (how to load words, turn codes into values, accumulate); the loops below are
-// compiled once per policy. The order of additions in one output does not depend on the batch, on the tile or on the
-// number of threads, so neither does the result.
+// grid_matmul.cpp cuts the work into tiles and shares it among threads; a Kernels table (one per instruction set)
+// computes tiles. Every sum is taken in an order that depends on the row and the layout alone, so a result depends
+// neither on the number of threads nor on the other rows of the batch.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-#include <vector>
 
 namespace trimtab {
 
-constexpr int kLanes = 32;
+constexpr int kLanes = 32;                      // 16-bit lanes of a full block
+constexpr int kChunk = kLanes;                  // weights under one shift of a full block
+constexpr int kWidths[] = {1, 2, 4, 8};         // batch rows of a tile
+constexpr int kWidthCount = 4;
+constexpr int kMaxTileRows = 8;
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+constexpr int codes_per_lane(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
+constexpr int words_per_lane(int bits) { return bits == 3 ? 3 : 1; }
+constexpr int bits_index(int bits) { return bits == 8 ? 3 : bits - 2; }
 
-struct GridMatmul {
-  const void* x;
-  int64_t x_dtype, batch, in, out;
-  const uint8_t* packed;
-  int64_t row_bytes;
-  const void* scales;
-  int64_t scale_dtype;
-  const uint8_t* zeros;  // null: symmetric, zero 2^(bits-1)
-  int64_t bits, group, groups;
-  void* y;
-  int64_t threads;
-};
+enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-struct Dequantize {
-  const uint8_t* packed;
-  int64_t row_bytes, in, out;
-  const void* scales;
-  int64_t scale_dtype;
-  const uint8_t* zeros;
-  int64_t bits, group, groups;
-  void* w;
-  int64_t w_dtype, threads;
-};
-
-struct Isa {
-  int (*matmul)(const GridMatmul&);
-  int (*dequantize)(const Dequantize&);
-  double (*read)(const void* data, int64_t bytes, int64_t threads);
-};
-
-inline float bits_to_float(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-inline uint32_t float_to_bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-inline float from_bf16(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
-inline uint16_t to_bf16(float f) {  // round to nearest even; NaN stays NaN
-  uint32_t u = float_to_bits(f);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);
-  return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
-}
-inline float from_f16(uint16_t h) {
-  uint32_t sign = uint32_t(h & 0x8000) << 16, body = h & 0x7fff;
-  if (body >= 0x7c00) return bits_to_float(sign | 0x7f800000u | (uint32_t(body & 0x3ff) << 13));
-  if (body < 0x400) {  // subnormal: exact as a product
-    float f = float(body) * 0x1p-24f;
-    return sign ? -f : f;
-  }
-  return bits_to_float(sign | ((body << 13) + (112u << 23)));
-}
-inline uint16_t to_f16(float f) {
-  uint32_t u = float_to_bits(f), sign = (u >> 16) & 0x8000;
-  u &= 0x7fffffffu;
-  if (u > 0x7f800000u) return uint16_t(sign | 0x7e00);
-  if (u >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // rounds to infinity
-  if (u < 0x38800000u) {  // subnormal result: let the adder round
-    float a = bits_to_float(u) + 0.5f;
-    return uint16_t(sign | (float_to_bits(a) - 0x3f000000u));
-  }
-  u += 0xfffu + ((u >> 13) & 1);
-  return uint16_t(sign | ((u - (112u << 23)) >> 13));
-}
-inline float load_any(const void* p, int64_t i, int64_t dtype) {
-  if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-  uint16_t h = static_cast<const uint16_t*>(p)[i];
-  return dtype == kBFloat16 ? from_bf16(h) : from_f16(h);
-}
-inline void store_any(void* p, int64_t i, int64_t dtype, float v) {
-  if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
-  else static_cast<uint16_t*>(p)[i] = dtype == kBFloat16 ? to_bf16(v) : to_f16(v);
-}
-
-template <int B> struct Layout;
-template <> struct Layout<2> { static constexpr int words = 1, codes = 8, field = 2; };
-template <> struct Layout<3> { static constexpr int words = 3, codes = 16, field = 3; };
-template <> struct Layout<4> { static constexpr int words = 1, codes = 4, field = 4; };
-template <> struct Layout<8> { static constexpr int words = 1, codes = 2, field = 8; };
-
-// Columns [start, start + lanes) of a word group that lie in one group: what the general path walks over.
+// A run of weights that one masked load covers: lanes of one block, one shift, one group.
 struct Segment {
-  int32_t words;  // byte offset of word 0 of the block in the row
-  int32_t lanes;  // lanes of the block
-  int32_t code;   // which code of the lane
-  int32_t first, last;  // lanes [first, last) of the run
-  int32_t column;       // column of lane 0
+  int32_t byte_offset;   // of the first lane's word from the start of the row; for a top code, its word in plane 0
+  int32_t plane_bytes;   // from one plane to the next
+  int32_t shift;         // -1: code 15 of a 3-bit lane, spread over bit 15 of three words
+  int32_t count;         // lanes, at most the `segment_lanes` of the kernels
+  int32_t x_offset;      // of the first weight's input from the start of the inputs outside the full blocks
   int32_t group;
+  int32_t ends_group;
 };
 
-template <int B>
-std::vector<Segment> segments(int64_t in, int64_t group, int64_t from_block) {
-  using L = Layout<B>;
-  std::vector<Segment> found;
-  const int64_t block = L::codes * kLanes;
-  int64_t offset = from_block * 2 * L::words * kLanes;
-  for (int64_t base = from_block * block; base < in;) {
-    const int64_t rest = in - base;
-    const int lanes = rest >= block ? kLanes : int((rest + L::codes - 1) / L::codes);
-    for (int k = 0; k < L::codes; ++k) {
-      const int64_t column = base + int64_t(k) * lanes;
-      for (int first = 0; first < lanes && column + first < in;) {
-        const int64_t g = (column + first) / group;
-        int64_t last = (g + 1) * group - column;
-        if (last > lanes) last = lanes;
-        if (last > in - column) last = in - column;
-        found.push_back({int32_t(offset), lanes, k, first, int32_t(last), int32_t(column), int32_t(g)});
-        first = int(last);
-      }
-    }
-    offset += 2 * L::words * lanes;
-    base += int64_t(lanes) * L::codes;
-  }
-  return found;
-}
+// How a row is walked: full blocks first, chunk by chunk, then segments. If groups are not whole chunks there are no
+// full blocks and all is segments, which is slower.
+struct Plan {
+  int64_t blocks;
+  int64_t chunks_per_group;
+  int64_t groups;
+  const Segment* segments;
+  int64_t segment_count;
+};
+
+// `rows` output rows x `width` batch rows; which, is the kernel's own template argument.
+struct Tile {
+  const Plan* plan;
+  const uint8_t* packed;   // first row
+  int64_t row_step;        // bytes from one row of the tile to the next
+  const float* scales;     // [rows][groups]
+  const float* zeros;      // [rows][groups], or null if symmetric
+  const void* x_blocks;    // inputs of the full blocks: [chunk][width][32], in the kernels' order and dtype
+  const void* x_rest;      // the others: [width][rest], in natural order
+  int64_t rest;            // pitch of x_rest
+  const float* x_sums;     // [width][groups] sums of the inputs of each group, or null if not wanted
+  float* out;              // [rows][width]
+};
+
+using TileKernel = void (*)(const Tile&);
+
+// The float32 weights of one row, in order, from segments that cover all of it.
+using RowDecoder = void (*)(const Plan&, const uint8_t* packed, const float* scales, const float* zeros, float* out);
+
+struct Kernels {
+  const char* name;
+  bool bfloat16_inputs;                     // inputs are kept in bfloat16; else they are converted to float32
+  bool wants_sums;                          // zero points are applied through x_sums
+  int segment_lanes;
+  int tile_rows[kWidthCount];               // rows of the kernels in `tiles`, by width
+  TileKernel tiles[4][kWidthCount];         // [bits][width]
+  TileKernel single[4][kWidthCount];        // the same for one row
+  RowDecoder rows[4];                       // [bits]; null with bfloat16 inputs
+  void (*halves_to_floats)(const uint16_t*, float*, int64_t);
+  void (*bytes_to_floats)(const uint8_t*, float*, int64_t);
+  void (*group_sums)(const uint16_t* x, int64_t group, int64_t groups, float* sums);
+  uint64_t (*read_all)(const uint8_t*, int64_t bytes);
+};
+
+// Null where the compiler or the machine cannot.
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace trimtab

@@ -1,0 +1,120 @@
+"""The compiled kernels: where the shared library is, whether it fits this package, which instruction sets it may use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import site
+import sysconfig
+from pathlib import Path
+
+import torch  # first: the library then shares torch's OpenMP threads; two spinning pools would fight for the cores
+
+from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
+
+log = logging.getLogger("trimtab.kernels")
+
+ABI = 1
+"""TT_ABI of native/api.h."""
+ISA_VARIABLE = "TRIMTAB_ISA"
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+"""Slowest first; the index is the library's number."""
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_BEST = -1
+_FILE = "libtrimtab_kernels.so"
+
+
+class GridProblem(ctypes.Structure):
+    """tt_grid_problem of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
+def _places() -> list[Path]:
+    """Beside this file; an editable installation leaves it in site-packages instead."""
+    roots = [sysconfig.get_paths()["platlib"], *site.getsitepackages()]
+    return [Path(__file__).with_name(_FILE), *(Path(root, "trimtab", "kernels", _FILE) for root in roots)]
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    signatures: dict[str, tuple[object, tuple[object, ...]]] = {
+        "tt_openmp": (i32, ()),
+        "tt_has_isa": (i32, (i32,)),
+        "tt_grid_matmul": (i32, (pointer, pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_grid_dequantize": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+
+
+@functools.cache
+def _opened() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    path = next((place for place in _places() if place.exists()), None)
+    if path is None:
+        return None, "the native library was not built (installing trimtab found no C++ compiler)"
+    try:
+        library = ctypes.CDLL(str(path))
+        if (found := library.tt_abi()) != ABI:
+            return None, f"{path} has interface {found}, this trimtab wants {ABI}; install trimtab anew"
+        _declare(library)
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded ({error}); install trimtab anew"
+    return library, ""
+
+
+@functools.cache
+def absent() -> str | None:
+    """Why there are no native kernels here, or None. Says so once: every product is slower without them."""
+    library, reason = _opened()
+    if library is None:
+        log.warning("trimtab multiplies compressed weights with its PyTorch reference, which is slower: %s.", reason)
+        return reason
+    return None
+
+
+def native_library() -> ctypes.CDLL:
+    """The loaded library. Raises KernelUnavailable."""
+    library, reason = _opened()
+    if library is None:
+        raise KernelUnavailable(f"Native kernels cannot run: {reason}.")
+    return library
+
+
+@functools.cache
+def machine_isas() -> tuple[str, ...]:
+    """Instruction sets that the library was built for and this processor has, slowest first."""
+    library = native_library()
+    return tuple(name for number, name in enumerate(ISAS) if library.tt_has_isa(number))
+
+
+def isa_limit() -> int:
+    """The library's number of the best instruction set allowed: TRIMTAB_ISA, or -1 for what the machine has.
+
+    Raises ConfigError for an unknown name and KernelUnavailable for one that is not here.
+    """
+    return _isa_number(os.environ.get(ISA_VARIABLE, ""))
+
+
+@functools.cache
+def _isa_number(name: str) -> int:
+    if not name:
+        return _BEST
+    if name not in ISAS:
+        raise ConfigError(f"{ISA_VARIABLE}={name} is no instruction set. {did_you_mean(name, ISAS)}")
+    if name not in machine_isas():
+        raise KernelUnavailable(f"{ISA_VARIABLE}={name} cannot run: here are {', '.join(machine_isas())}.")
+    return ISAS.index(name)
