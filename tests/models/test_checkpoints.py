@@ -109,6 +109,25 @@ def test_saving_a_loaded_checkpoint_again(tokens: Tensor, tmp_path: Path) -> Non
     assert torch.equal(logits(tt.load(tmp_path / "b"), tokens), logits(model, tokens))
 
 
+def test_saving_over_the_directory_that_was_loaded(tokens: Tensor, tmp_path: Path) -> None:
+    model = compress_all(random_model("phi3"))
+    tt.save(model, tmp_path / "out")
+    again = tt.load(tmp_path / "out")
+    tt.save(again, tmp_path / "out", force=True)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    assert torch.equal(logits(tt.load(tmp_path / "out"), tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_baseline_is_in_the_dtype_that_was_loaded(compressed: bool, tmp_path: Path) -> None:
+    model = random_model("llama", dtype=torch.bfloat16)
+    baseline = ledger_of(model).baseline_bytes
+    tt.save(compress_all(model) if compressed else model, tmp_path / "out")
+    for loader in (tt.load, AutoModelForCausalLM.from_pretrained):
+        assert ledger_of(loader(tmp_path / "out")).baseline_bytes == baseline
+        assert ledger_of(loader(tmp_path / "out", dtype=torch.float32)).baseline_bytes == 2 * baseline
+
+
 def test_transformers_can_save_a_loaded_checkpoint(tokens: Tensor, tmp_path: Path) -> None:
     model = compress_all(random_model("llama"))
     tt.save(model, tmp_path / "a")

@@ -18,12 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import trimtab as tt
 from trimtab.core.errors import CheckpointError, OutputError
-from trimtab.models import checkpoint
+from trimtab.models import checkpoint, info_of
 from trimtab.models.checkpoint import check_files, read_header
 from trimtab.models.random import random_model
 
@@ -129,14 +130,28 @@ def test_a_newer_manifest_is_refused(tmp_path: Path) -> None:
         tt.load(saved)
 
 
-@BOTH
-@pytest.mark.parametrize("file", ["config.json", "trimtab.json"])
 @pytest.mark.parametrize("content", [b'{"model_type": "lla', b"\xff\xfe", b"[]"])
+@pytest.mark.parametrize(
+    ("file", "loader"),
+    [
+        ("config.json", tt.load),  # transformers reads it before trimtab is asked
+        ("trimtab.json", tt.load),
+        ("trimtab.json", AutoModelForCausalLM.from_pretrained),
+    ],
+)
 def test_damaged_json(saved: Path, loader: Loader, file: str, content: bytes) -> None:
-    if file == "config.json" and loader is not tt.load:
-        pytest.skip("transformers reads config.json before trimtab is asked")
     (saved / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{file} is damaged"):
+        loader(saved)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change", [{"baseline_bytes": None}, {"dtype": "float99"}, {"record": {"comand": "x"}}, {"recipe": {"steps": 3}}]
+)
+def test_a_manifest_that_cannot_be_used(saved: Path, loader: Loader, change: dict[str, object]) -> None:
+    rewrite(saved / "trimtab.json", lambda manifest: manifest.update(change))
+    with pytest.raises(CheckpointError, match=r"trimtab.json cannot be used"):
         loader(saved)
 
 
@@ -192,12 +207,16 @@ def files_up_to(size: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes through Linux")
-@pytest.mark.parametrize("size", [100, 8_000, 60_000])
+@pytest.mark.parametrize("size", [100, 8_000, 60_000, 600_000])
 def test_a_full_disk_leaves_the_old_result(tmp_path: Path, tokens: Tensor, size: int) -> None:
-    old = random_model("llama", 1)
+    """The limits stop the configuration, the weights (twice), and the tokenizer."""
+    old, new = random_model("llama", 1), random_model("llama", 2)
     tt.save(old, tmp_path / "out")
+    words = {f"a word of some length, number {i}": i for i in range(20_000)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a word of some length, number 0"))
+    info_of(new).tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     with files_up_to(size), pytest.raises(OutputError, match=r"cannot be written .*; nothing was changed"):
-        tt.save(random_model("llama", 2), tmp_path / "out", force=True)
+        tt.save(new, tmp_path / "out", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert torch.equal(logits(tt.load(tmp_path / "out"), tokens), logits(old, tokens))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import CheckpointError, ConfigError
@@ -81,8 +82,11 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def info_from_manifest(manifest: Mapping[str, Any], source: str) -> ModelInfo:
-    """What a checkpoint's trimtab.json says of the model; the tokenizer is not read. Raises CheckpointError."""
+def info_from_manifest(manifest: Mapping[str, Any], source: str, dtype: torch.dtype) -> ModelInfo:
+    """What a checkpoint's trimtab.json says of the model; the tokenizer is not read. Raises CheckpointError.
+
+    The baseline is that of a model in `dtype`, which need not be the one that was saved.
+    """
     recipe, record = manifest.get("recipe"), manifest.get("record")
     try:
         return ModelInfo(
@@ -90,9 +94,9 @@ def info_from_manifest(manifest: Mapping[str, Any], source: str) -> ModelInfo:
             None,
             None if recipe is None else Recipe.from_dict(recipe, source),
             None if record is None else RunRecord.from_dict(record),
-            int(manifest["baseline_bytes"]),
+            int(manifest["baseline_bytes"]) * dtype.itemsize // getattr(torch, manifest["dtype"]).itemsize,
         )
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: trimtab.json cannot be used: {error}") from None
 
 

@@ -55,7 +55,7 @@ def load(
         raise CheckpointError(f"{place} does not hold a model that can be loaded: {_first_line(error)}") from error
     info = getattr(model, "trimtab", None)  # set by the quantizer if there are compressed layers
     if manifest is not None:
-        info = info_from_manifest(manifest, str(place))
+        info = info_from_manifest(manifest, str(place), model.dtype)
     elif not isinstance(info, ModelInfo):
         info = ModelInfo(str(place), None, None, None, uncompressed_bytes(model))
     info.source = str(source)

@@ -176,7 +176,7 @@ class TrimtabQuantizer(HfQuantizer):
         if self._manifest is None:
             info_of(model)
         else:
-            attach(model, info_from_manifest(self._manifest, self._source))
+            attach(model, info_from_manifest(self._manifest, self._source, model.dtype))
             self._manifest = None
         return model
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -29,6 +28,8 @@ LARGE_BYTES = 10**9
 def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) -> Path:
     """Write the model, its tokenizer and what was done to it; `load` and `from_pretrained` give the same logits back.
 
+    A model that was compressed in this process is saved by this function only: its own `save_pretrained` does not
+    describe the compressed layers until the model has been loaded from a checkpoint.
     The directory appears complete or not at all: what stood there is whole until the last step, also if the disk
     fills up or the process is killed. Raises OutputError if it is not empty and `force` is not set, or cannot be
     written. Returns the directory.
@@ -40,12 +41,14 @@ def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) 
         try:
             with _described(model), quiet(large=large):
                 model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-        except SafetensorError as error:
-            raise OutputError(f"{directory} cannot be written ({error}); nothing was changed.") from None
+            if (tokenizer := info_of(model).tokenizer) is not None:
+                tokenizer.save_pretrained(partial)
+        except OSError:
+            raise  # becomes an OutputError outside
+        except Exception as error:  # safetensors and tokenizers raise errors of their own when the disk refuses
+            raise OutputError(f"{directory} cannot be written ({error}); nothing was changed.") from error
         for file in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(partial / "config.json", file)
-        if (tokenizer := info_of(model).tokenizer) is not None:
-            tokenizer.save_pretrained(partial)
         manifest = _manifest(model, partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return directory
@@ -88,6 +91,7 @@ def _manifest(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "trimtab_version": trimtab.__version__,
         "model_type": str(model.config.model_type),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "source": info.source,
         "recipe": None if info.recipe is None else info.recipe.to_dict(),
         "record": None if info.record is None else info.record.to_dict(),
