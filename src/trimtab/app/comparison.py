@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.app.cli.options import typed_settings
 from trimtab.core.errors import ConfigError, did_you_mean
@@ -88,7 +88,7 @@ class Setting:
     text: Path | None = None
     sequences: int = 128
     length: int | None = None
-    mode: str = "sequential"
+    mode: Literal["sequential", "dense"] = "sequential"
     seed: int = 0
     device: str | None = None
     prompt: str | None = None
@@ -115,7 +115,7 @@ def _run_one(setting: Setting, variant: Variant, baseline: _Baseline | None) -> 
     import trimtab as tt
     from trimtab.evaluation import fidelity, to_json
     from trimtab.evaluation.probes import measure_speed
-    from trimtab.models import ledger_of
+    from trimtab.models import info_of, ledger_of
 
     record = RunRecord(command="compare", config=_config(setting, variant), seed=setting.seed)
     with record.timed("load"):
@@ -123,7 +123,8 @@ def _run_one(setting: Setting, variant: Variant, baseline: _Baseline | None) -> 
     if variant.recipe is not None:
         with record.timed("compress"):
             _compress(model, setting, variant.recipe)
-        done = model.trimtab.record
+        done = info_of(model).record
+        assert done is not None
         record.changed, record.unchanged = done.changed, done.unchanged
         record.config["compress"] = done.config
     record.ledger = ledger_of(model).to_dict()

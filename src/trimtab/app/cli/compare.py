@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,9 +23,11 @@ from trimtab.app.cli.options import (
     split_names,
     split_numbers,
 )
-from trimtab.app.cli.output import emit_json, say, show, table
+from trimtab.app.cli.output import emit_json, say, show, wide_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from trimtab.app.comparison import Setting, Variant
     from trimtab.core.run_record import RunRecord
 
@@ -86,25 +88,28 @@ def run(
     if as_json:
         emit_json([record.to_dict() for record in records])
     else:
-        show(comparison_table(model, records))
+        show(*comparison_tables(model, records))
     say(f"Report: {out / 'report.html'}   records: {out / 'runs'}")
 
 
 def measure(setting: Setting, variants: Sequence[Variant], out: Path) -> list[RunRecord]:
-    """Run the comparison, tell how it goes, save records and report."""
+    """Run the comparison, tell how it goes, save records and report: of the finished rows if one fails."""
     from trimtab.app.comparison import run_all, save_records
     from trimtab.app.report.page import write_report
 
-    records = []
-    for variant, record in zip(variants, save_records(run_all(setting, variants), out), strict=True):
-        records.append(record)
-        taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
-        say(f"[{len(records)}/{len(variants)}] {variant.label}: {taken}")
-    write_report(out / "runs")
+    records: list[RunRecord] = []
+    try:
+        for record in save_records(run_all(setting, variants), out):
+            records.append(record)
+            taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
+            say(f"[{len(records)}/{len(variants)}] {record.config['label']}: {taken}")
+    finally:
+        if records:
+            write_report(out / "runs")
     return records
 
 
-def comparison_table(model: str, records: Sequence[RunRecord]) -> Any:
+def comparison_tables(model: str, records: Sequence[RunRecord]) -> list[Table]:
     """The terminal's form of the report's table."""
     from trimtab.app.report.page import cells_of, columns_of
     from trimtab.app.report.rows import row_of
@@ -112,4 +117,4 @@ def comparison_table(model: str, records: Sequence[RunRecord]) -> Any:
     rows = [row_of(record) for record in records]
     columns = columns_of(rows)
     cells = [(row.label, *("\n".join(part for part in cell if part) for cell in cells_of(row, rows))) for row in rows]
-    return table(f"{model}: brackets hold 95 % intervals", columns, cells, right=columns[1:])
+    return wide_table(f"{model}: brackets hold 95 % intervals", columns, cells)

@@ -28,7 +28,10 @@ from trimtab.core.errors import ConfigError
 from trimtab.core.registry import method_class, method_info
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from trimtab.core.recipe import Recipe
+    from trimtab.core.run_record import RunRecord
 
 EXAMPLES = (
     "trimtab compress ref --method gptq --set bits=4 -o ref-gptq4",
@@ -118,7 +121,7 @@ def run(
     check_text(text)
 
     import trimtab as tt
-    from trimtab.models import ledger_of
+    from trimtab.models import info_of, ledger_of
     from trimtab.weights import compress_to
 
     loaded = tt.load(model, device=device)
@@ -126,7 +129,8 @@ def run(
     calibration = calibration_of(loaded, wanted, text, sequences, length, seed)
     compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
     after = ledger_of(loaded)
-    record = loaded.trimtab.record
+    record = info_of(loaded).record
+    assert record is not None
     if as_json:
         ledgers = {"before": before.to_dict(), "after": after.to_dict()}
         emit_json({"model": model, "out": str(out), "recipe": wanted.to_dict(), "ledger": ledgers, **_changes(record)})
@@ -137,11 +141,11 @@ def run(
     show(f'\nSaved to {out} in {record.seconds.get("total", 0.0):.1f} s. Try: trimtab generate {out} -p "..."')
 
 
-def _changes(record: Any) -> dict[str, Any]:
+def _changes(record: RunRecord) -> dict[str, Any]:
     return {"changed": record.changed, "unchanged": record.unchanged, "seconds": record.seconds}
 
 
-def _changed_table(record: Any) -> Any:
+def _changed_table(record: RunRecord) -> Table:
     """Changed linears by role; the list of all of them is in the JSON and in the checkpoint's record."""
     rows = []
     for role in dict.fromkeys(entry["role"] for entry in record.changed):
@@ -169,7 +173,7 @@ _LEDGER_ROWS = {
 }
 
 
-def _ledger_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Any:
+def _ledger_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     rows = [
         (label, figures.size(before[key]), figures.size(after[key]), f"{after[key] / before[key]:.3f}")
         for key, label in _LEDGER_ROWS.items()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.app.cli.compare import comparison_table, measure
+from trimtab.app.cli.compare import comparison_tables, measure
 from trimtab.app.cli.options import Force, check_output
 from trimtab.app.cli.output import say, show
 
@@ -37,7 +37,7 @@ def run(
         "ref", ("prose", "recall", "facts"), limit=24, sequences=16, length=512, mode="dense", prompt=PROMPT
     )
     records = measure(setting, plan(("rtn", "gptq"), (4, 3, 2), {}), out)
-    show(comparison_table("ref", records))
+    show(*comparison_tables("ref", records))
     for record in records:
         if record.config["bits"] in (None, 4, 2):
             show(f"[bold]{record.config['label']}[/bold]")

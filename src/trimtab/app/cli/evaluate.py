@@ -80,7 +80,7 @@ def run(
 
 
 def _rows(result: TaskResult) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for metric, estimate in result.metrics.items():
         value = Interval.of(estimate.to_dict())
         better = "" if result.higher_is_better.get(metric, True) else "smaller is better"
@@ -89,7 +89,7 @@ def _rows(result: TaskResult) -> list[tuple[str, ...]]:
 
 
 def _compared(result: TaskResult) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in result.comparisons:
         difference = Interval.of(entry.difference.to_dict())
         recovery = None if entry.recovery is None else Interval(entry.recovery.value)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from trimtab.core.errors import TrimtabError
@@ -55,12 +57,36 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     return made
 
 
-def show(*parts: object) -> None:
-    """Write tables or text to standard output; as wide as needed where it is not a terminal."""
+def wide_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]:
+    """A table of figures that is cut into several, each with the first column, where the terminal is too narrow."""
+    longest = [
+        max(len(line) for text in (*(row[i] for row in rows), *columns[i].split()) for line in text.split("\n"))
+        for i in range(len(columns))
+    ]
+    available = _console().width
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        if parts[-1] and 2 + longest[0] + sum(3 + longest[k] for k in [*parts[-1], i]) > available:
+            parts.append([])
+        parts[-1].append(i)
+    tables = []
+    for number, part in enumerate(parts):
+        shown = [0, *part]
+        headers = ["\n".join(textwrap.wrap(columns[i], longest[i])) for i in shown]
+        cells = [[row[i] for i in shown] for row in rows]
+        tables.append(table("" if number else title, headers, cells, right=headers[1:]))
+    return tables
+
+
+def _console() -> Console:
     from rich.console import Console
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def show(*parts: object) -> None:
+    """Write tables or text to standard output; 200 columns wide where it is not a terminal."""
+    console = _console()
     for part in parts:
         console.print(part)
