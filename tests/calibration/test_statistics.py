@@ -11,7 +11,8 @@ from hypothesis import given
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, NumericsError
-from trimtab.models.statistics import ACCUMULATORS, SiteAccumulator, Stats, load_statistics, save_statistics
+from trimtab.models.statistics import ACCUMULATORS, SiteAccumulator, Stats
+from trimtab.models.statistics_file import load_statistics, save_statistics
 
 NEEDS = tuple(ACCUMULATORS)
 

@@ -200,7 +200,7 @@ def gather_dense(
     """Statistics of the model as it is, one block after another: a single pass that serves several methods.
 
     `needs` is site -> statistics. Yields site -> Stats of each block in turn and holds no more than one block's; pass
-    the union of them to `save_statistics` to keep them.
+    the union of them to `statistics_file.save_statistics` to keep them.
     """
     stream = BlockStream(view, calibration, seed=seed, chunk_tokens=chunk_tokens)
     for block in view.blocks:

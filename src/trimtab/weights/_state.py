@@ -72,7 +72,8 @@ class State:
             if found.get(name) != wanted.get(name):
                 raise CheckpointError(
                     f"{self.path} holds an unfinished run with another {name}: {json.dumps(found.get(name))} there, "
-                    f"{json.dumps(wanted.get(name))} now. Repeat that run to finish it, or remove the directory to begin anew."
+                    f"{json.dumps(wanted.get(name))} now. Repeat that run to finish it, or remove the directory to "
+                    "begin anew."
                 )
 
     def save_block(self, index: int, linears: Mapping[str, Compressed]) -> None:
