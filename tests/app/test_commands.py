@@ -141,3 +141,27 @@ def test_claims_status_and_json(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
         table = cli("claims")
         assert table.status == status
         assert ("does not hold" in table.out) == (status == 3)
+
+
+def test_train_hands_over_to_the_trainer(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    from trimtab.training.reference import __main__ as trainer
+
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    ran = cli("train", "ref-mini", "--text", str(tmp_path), "-o", str(tmp_path / "out"), "--no-compile")
+    assert ran.status == 7
+    python, dash_m, module, *arguments = asked[0]
+    assert (python, dash_m, module) == (sys.executable, "-m", trainer.__package__)
+    trained: list[object] = []
+    monkeypatch.setattr(trainer, "train", lambda *given: trained.extend(given))
+    assert trainer.main(arguments) == 0
+    assert trained[:3] == [tmp_path, tmp_path / "out", "ref-mini"]
+    assert trained[4] is False

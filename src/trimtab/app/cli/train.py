@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from enum import Enum
@@ -11,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from trimtab.core.errors import ConfigError, DataError
+from trimtab.app.cli.options import Device
+from trimtab.core.errors import DataError
 
 EXAMPLES = ("trimtab train ref-mini --text my-prose/ -o my-ref-mini", "trimtab train ref --text my-prose/ -o my-ref")
-_TRAINER = "trimtab.training.reference"
 
 
 class Which(str, Enum):
@@ -24,16 +23,20 @@ class Which(str, Enum):
 
 def run(
     model: Annotated[Which, typer.Argument(help="The reference model to train.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="Directory of UTF-8 .txt files: the prose.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.", show_default=False)],
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output directory.")] = True,
+    text: Annotated[Path, typer.Option(help="Directory of books: UTF-8 files NAME.txt.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run.", show_default=False)],
+    device: Device = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile: slower to start.")] = True,
 ) -> None:
-    """Train a reference model from scratch, on your prose and the generated small world. Resumable; takes hours."""
+    """Train a reference model from scratch.
+
+    On your prose and the generated small world; hours on a CPU. Started again with the same options it continues where
+    it was stopped. The model is then in OUT/model.
+    """
     if not text.is_dir():
         raise DataError(f"--text {text} is not a directory. Give one that holds UTF-8 .txt files.")
-    if importlib.util.find_spec(_TRAINER) is None:
-        raise ConfigError("this installation holds no training code; install trimtab from its repository.")
-    command = [sys.executable, "-m", _TRAINER, model.value, "--text", str(text), "-o", str(out)]
-    if not resume:
-        command.append("--no-resume")
+    command = [sys.executable, "-m", "trimtab.training.reference"]
+    command += ["--model", model.value, "--text", str(text), "--out", str(out)]
+    command += [] if device is None else ["--device", device]
+    command += [] if compiled else ["--no-compile"]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
