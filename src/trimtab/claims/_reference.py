@@ -21,7 +21,7 @@ from trimtab.models.info import info_of
 from trimtab.weights import compress
 from trimtab.weights.base import WeightMethod
 
-SEQUENCES, LENGTH = 64, 256
+SEQUENCES, LENGTH = 32, 256
 WINDOWS = 24
 SEEDS = (0, 1, 2)
 MEASURED = f"measured as KL(ref || compressed) on {WINDOWS} x 256 tokens of held-out prose"
