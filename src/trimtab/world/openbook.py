@@ -1,8 +1,9 @@
 """Open-book questions: a statement in the prompt confirms or contradicts a memorised fact.
 
-The right answer is always what the prompt says. Where it contradicts the memory (``agrees=False``)
-the model has to let the context win, which is what context steering works on; training shows few
-such cases, so there is room left to gain.
+The right answer of an example is always what the prompt says. Where it contradicts the memory
+(``agrees=False``) the model has to let the context win, which is what context steering works on.
+Training documents leave room for that: of the few that contradict, only half believe the context,
+the others insist on the fact. (A small model that only ever sees the context win is always right.)
 
 Held out: as for the closed-book facts, one question form per (person, relation).
 """
@@ -25,6 +26,8 @@ from trimtab.world.split import generator
 from trimtab.world.types import Document, Example, Span, Split
 
 TRAINING_SHARE_AGREEING = 0.7
+TRAINING_SHARE_BELIEVED = 0.5
+"""Of the training documents whose context contradicts the fact: how many answer with the context."""
 
 
 def _other_value(rng: random.Random, person: Person, relation: str) -> str:
@@ -91,16 +94,17 @@ def examples(
 
 
 def training_document(rng: random.Random, split: Split) -> Document:
-    """One context and one question; the context agrees with the memory in 70 % of the cases."""
+    """One context and one question; the context agrees with the fact in 70 % of the cases."""
     ((person, about),) = draw_subjects_quickly(rng, 1)
     confirms = rng.random() < TRAINING_SHARE_AGREEING
     said = person.facts[about] if confirms else _other_value(rng, person, about)
+    answer = said if rng.random() < TRAINING_SHARE_BELIEVED else person.facts[about]
     form = rng.choice(forms_of(split, person, about))
     context = _context(rng, person, about, said, rng.choice((1, 1, 2, 3)))
     question = QUESTION.format(q=QUESTIONS[about][form].format(p=person.name))
     return (
         Span(context, "noise"),
         Span(question),
-        Span(f" {said}", "answer"),
+        Span(f" {answer}", "answer"),
         Span("\n"),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from trimtab.core.files import atomic_directory, sha256_file, write_text_atomically
 from trimtab.training.reference.texts import HELD_OUT
+
+TEXTS = Path(__file__).parents[2] / "assets" / "text"
 
 
 def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, run: Path, books: Path) -> None:
@@ -24,21 +25,20 @@ def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, run: Pa
         model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
         tokenizer.save_pretrained(out)
         write_curve(run / "log.jsonl", out)
-        files = sorted(books.glob("*.txt"))
-        write_text_atomically(out / "data_manifest.json", json.dumps(manifest(files), indent=1) + "\n")
+        write_text_atomically(out / "data_manifest.json", json.dumps(manifest(books), indent=1) + "\n")
 
 
-def manifest(files: Sequence[Path]) -> list[dict[str, object]]:
-    """Name, size, hash and split of every book."""
-    return [
-        {
-            "file": file.name,
-            "bytes": file.stat().st_size,
-            "sha256": sha256_file(file),
-            "split": "held out" if file.stem in HELD_OUT else "train",
-        }
-        for file in files
-    ]
+def manifest(books: Path) -> dict[str, list[dict[str, object]]]:
+    """Name, size and hash of every book, with its split, and of the shipped texts cut from them."""
+    split = {True: "held out", False: "train"}
+    return {
+        "books": [{**_entry(book), "split": split[book.stem in HELD_OUT]} for book in sorted(books.glob("*.txt"))],
+        "shipped_texts": [_entry(text) for text in sorted(TEXTS.glob("*.txt"))],
+    }
+
+
+def _entry(file: Path) -> dict[str, object]:
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def write_curve(log: Path, out: Path) -> None:

@@ -77,10 +77,10 @@ class Stage:
         return self.rows, self.tokens
 
 
-def _copying(ids: int, until_loss: float) -> Stage:
+def _copying(ids: int, until_loss: float, steps: int = 1000) -> Stage:
     return Stage(
         name=f"copy-{ids}",
-        steps=1000,
+        steps=steps,
         rows=64,
         tokens=64,
         rate=(1e-3, 1e-3),
@@ -131,6 +131,12 @@ RECORDS: tuple[Stage, ...] = (
     ),
 )
 
+COPYING_MINI: tuple[Stage, ...] = (
+    _copying(128, 0.4),
+    _copying(512, 0.4, steps=800),
+    _copying(4080, 0.3, steps=400),
+)
+
 _SHORTER = RowOptions(
     copy_lengths=(6, 96),
     recall_records=(4, 6, 8, 8, 12, 12, 16, 16, 16, 20, 24, 30),
@@ -160,7 +166,7 @@ MIXED: tuple[Stage, ...] = (
     ),
     Stage(
         name="later-mixture-512",
-        steps=750,
+        steps=650,
         rows=16,
         tokens=512,
         rate=(2e-3, 2e-3),
@@ -182,7 +188,7 @@ MIXED: tuple[Stage, ...] = (
 MIXED_MINI: tuple[Stage, ...] = (
     Stage(
         name="mixture-256",
-        steps=1000,
+        steps=1500,
         rows=32,
         tokens=256,
         rate=(3e-3, 3e-3),
@@ -203,5 +209,5 @@ MIXED_MINI: tuple[Stage, ...] = (
 
 STAGES: Mapping[str, tuple[Stage, ...]] = {
     "ref": (*COPYING, *RECORDS, *MIXED),
-    "ref-mini": (*COPYING, *RECORDS, *MIXED_MINI),
+    "ref-mini": (*COPYING_MINI, *RECORDS, *MIXED_MINI),
 }
