@@ -127,3 +127,20 @@ def test_reference_models_by_name(monkeypatch: pytest.MonkeyPatch, saved: Path, 
         tt.load("ref-mini")
     shutil.copytree(saved, tmp_path / "assets" / "ref-mini")
     assert info_of(tt.load("ref-mini")).source == "ref-mini"
+
+
+def test_a_hugging_face_id_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, saved: Path, tmp_path: Path) -> None:
+    revision = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    snapshot = repository / "snapshots" / revision
+    tt.save(tt.load(saved), snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert info_of(tt.load("acme/tiny")).source == "acme/tiny"
+    (snapshot / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated"):
+        tt.load("acme/tiny")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"unknown model 'acme/tiny' \(Hugging Face has no answer"):
+        tt.load("acme/tiny")

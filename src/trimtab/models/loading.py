@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import trimtab
@@ -25,6 +26,7 @@ from trimtab.models.saving import LARGE_BYTES, quiet
 ASSETS = Path(trimtab.__file__).resolve().parent / "assets"
 REFERENCES = ("ref", "ref-mini")
 _HUB_SECONDS = 10.0
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def load(
@@ -43,29 +45,27 @@ def load(
     """
     register()
     chosen_dtype, chosen_device = _dtype(dtype), _device(device)
-    place = _resolve(source)
-    manifest = _check_directory(place) if isinstance(place, Path) else None
+    directory = _resolve(source)
+    manifest = _check_directory(directory)
     try:
-        model = _from_pretrained(place, chosen_dtype, chosen_device, manifest is not None)
+        model = _from_pretrained(directory, chosen_dtype, chosen_device, manifest is not None)
     except TrimtabError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{place} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{directory} cannot be read: {_first_line(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{place} does not hold a model that can be loaded: {_first_line(error)}") from error
-    info = getattr(model, "trimtab", None)  # set by the quantizer if there are compressed layers
+        raise CheckpointError(f"{directory} does not hold a model that can be loaded: {_first_line(error)}") from error
     if manifest is not None:
-        info = info_from_manifest(manifest, str(place), model.dtype)
-    elif not isinstance(info, ModelInfo):
-        info = ModelInfo(str(place), None, None, None, uncompressed_bytes(model))
-    info.source = str(source)
-    info.tokenizer = find_tokenizer(str(place))
+        info = info_from_manifest(manifest, str(source), model.dtype)
+    else:
+        info = ModelInfo(str(source), None, None, None, uncompressed_bytes(model))
+    info.tokenizer = find_tokenizer(str(directory))
     attach(model, info)
     return model
 
 
-def _resolve(source: str | Path) -> Path | str:
-    """A directory, or a Hugging Face id. Raises ConfigError."""
+def _resolve(source: str | Path) -> Path:
+    """The directory that a name stands for, fetched if need be. Raises ConfigError."""
     name = str(source)
     if name in REFERENCES:
         if not (ASSETS / name / "config.json").exists():
@@ -78,7 +78,29 @@ def _resolve(source: str | Path) -> Path | str:
         raise ConfigError(f"model '{name}' is a file; give the directory that holds config.json and the weights.")
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ConfigError(_unknown(name, "no such directory"))
-    return name
+    return _cached(name) or _fetch(name)
+
+
+def _cached(name: str) -> Path | None:
+    """The directory of a Hugging Face id in the local cache, None if it is not there whole."""
+    try:
+        directory = Path(snapshot_download(name, local_files_only=True))
+        weight_files(directory)
+    except (OSError, ValueError, CheckpointError):
+        return None
+    return directory if (directory / "config.json").exists() else None
+
+
+def _fetch(name: str) -> Path:
+    """Fetch a Hugging Face id into the local cache. Raises ConfigError if there is no answer, after asking once."""
+    try:
+        siblings = HfApi().model_info(name, timeout=_HUB_SECONDS).siblings or []
+        names = [sibling.rfilename for sibling in siblings]
+        weights = "model*.safetensors" if fnmatch.filter(names, "model*.safetensors") else "pytorch_model*.bin"
+        # other names, and what lies in folders, are the same weights for other libraries
+        return Path(snapshot_download(name, allow_patterns=[weights, *_SMALL_FILES], ignore_patterns=["*/*"]))
+    except Exception as error:  # its errors share no base: connection, name, access, offline mode
+        raise ConfigError(_unknown(name, f"Hugging Face has no answer: {_first_line(error)}")) from None
 
 
 def _unknown(name: str, reason: str) -> str:
@@ -109,56 +131,37 @@ def _check_directory(directory: Path) -> dict[str, Any] | None:
 
 
 def _from_pretrained(
-    place: Path | str, dtype: torch.dtype | str, device: torch.device | None, exact: bool
+    directory: Path, dtype: torch.dtype | str, device: torch.device | None, exact: bool
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "local_files_only": True,
+    }
     if device is not None:
         options["device_map"] = {"": device}
-    if isinstance(place, Path):
-        options["local_files_only"] = True
-        large = sum(file.stat().st_size for file in weight_files(place)) > LARGE_BYTES
-    else:
-        options["local_files_only"] = _is_cached(place)
-        if not options["local_files_only"]:
-            _ask_hub(place)
-        large = True
+    large = sum(file.stat().st_size for file in weight_files(directory)) > LARGE_BYTES
     with quiet(large=large), _no_reports():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(place, **options)  # type: ignore[assignment]
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(directory, **options)  # type: ignore[assignment]
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise CheckpointError(
-            f"{place}: '{name}' is {list(stored)} in the weights, but {type(model).__name__} of config.json wants "
+            f"{directory}: '{name}' is {list(stored)} in the weights, but {type(model).__name__} of config.json wants "
             f"{list(wanted)}{_more(mismatched)}. The configuration and the weights are of different models."
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{place}: the weights lack '{missing[0]}', which {type(model).__name__} of config.json needs"
+            f"{directory}: the weights lack '{missing[0]}', which {type(model).__name__} of config.json needs"
             f"{_more(missing)}. The configuration and the weights are of different models."
         )
     if unused := sorted(report["unexpected_keys"]):
-        text = f"{place}: the weights hold '{unused[0]}', which {type(model).__name__} does not use{_more(unused)}."
+        text = f"{directory}: the weights hold '{unused[0]}', which {type(model).__name__} does not use{_more(unused)}."
         if exact:
             raise CheckpointError(f"{text} The configuration and the weights are of different models.")
         warnings.warn(text, stacklevel=3)
     return model
-
-
-def _is_cached(name: str) -> bool:
-    """Whether the configuration of a Hugging Face id can be had without asking the network."""
-    try:
-        AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _ask_hub(name: str) -> None:
-    """Raise ConfigError if Hugging Face does not have it, or does not answer; asks once, without retries."""
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
-    except Exception as error:  # its errors share no base: connection, name, access, offline mode
-        raise ConfigError(_unknown(name, f"Hugging Face has no answer: {_first_line(error)}")) from None
 
 
 @contextmanager
