@@ -21,7 +21,7 @@ Bits = Literal[2, 3, 4, 8]
 
 BITS: tuple[Bits, ...] = (8, 4, 3, 2)
 NEAR_LOSSLESS_KL = 1e-3
-ERROR_TOLERANCE = 0.25
+ERROR_TOLERANCE = 0.1
 
 
 def near_lossless_at_8_bits() -> Outcome:

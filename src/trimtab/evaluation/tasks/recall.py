@@ -16,15 +16,17 @@ from trimtab.world.types import Example
 
 __all__ = ["Recall"]
 
-_CHARACTERS_PER_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 3.5  # of the shipped tokenizer on prose it has not seen, rounded up
 
 
 class Recall(WorldTask):
     """One of `records` values is asked for.
 
     exact_match       the question follows the records
-    exact_match_far   `distance` tokens of held-out prose (at four characters each) lie between; eight questions are
-                      asked one after another about the same records, and count as one cluster; 0 leaves it out.
+    exact_match_far   `distance` tokens of held-out prose (at 3.5 characters each) lie between; eight questions are
+                      asked one after another about the same records, and count as one cluster; 0 leaves it out
+
+    A limit holds for each of the two.
     """
 
     name: ClassVar[str] = "recall"
@@ -49,7 +51,8 @@ class Recall(WorldTask):
         near = recall.examples("eval", count, seed, records=self.records)
         documents = [document_of(self.name, example, "exact_match", None) for example in near]
         if self.distance:
-            documents += self._far(-(-check_limit(limit, self.far_size) // self.questions), seed)
+            far = check_limit(limit, self.far_size)
+            documents += self._far(-(-far // self.questions), seed)[:far]
         return documents
 
     def _far(self, contexts: int, seed: int) -> list[Document]:
@@ -58,7 +61,7 @@ class Recall(WorldTask):
         rng = generator("recall far", "eval", seed)
         documents = []
         for number in range(contexts):
-            filler = _excerpt(rng, prose, self.distance * _CHARACTERS_PER_TOKEN)
+            filler = _excerpt(rng, prose, round(self.distance * _CHARACTERS_PER_TOKEN))
             spans = recall.document(rng, "eval", records=self.records, filler=filler, questions=self.questions)
             prompt = ""
             asking = False
