@@ -79,8 +79,9 @@ def record(label: str, method: str | None, bits: int | None, size: int, kl: floa
         metrics={
             "tasks": {
                 "prose": {"bits_per_byte": interval(bpb, 0.02), "perplexity": interval(20 * bpb, 1.0)},
-                "recall": {"exact_match": interval(0.9 - kl, 0.05)},
+                "recall": {"answer_nats": interval(kl, 0.1), "exact_match": interval(0.9 - kl, 0.05)},
             },
+            "main_metrics": [["recall", "exact_match"], ["prose", "bits_per_byte"]],
             "fidelity": {} if method is None else {"kl_nats_per_token": interval(kl, kl / 10)},
             "speed": {"decode_tokens_per_second_median": 812.5},
         },

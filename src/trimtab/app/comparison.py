@@ -79,7 +79,8 @@ class Setting:
     sequences   calibration sequences
     length      tokens of each; None: the model's context, at most 2,048
     mode        "sequential" or "dense" calibration
-    prompt      if given, each row continues it greedily by `sample_tokens` tokens
+    prompt      if given, each row continues it by `sample_tokens` tokens, drawn at `temperature` (0: the likeliest)
+                with the same random numbers
     """
 
     model: str
@@ -93,6 +94,7 @@ class Setting:
     device: str | None = None
     prompt: str | None = None
     sample_tokens: int = 60
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ def _run_one(setting: Setting, variant: Variant, baseline: _Baseline | None) -> 
         reference = None if baseline is None else baseline.results
         results = tt.evaluate(model, setting.tasks, limit=setting.limit, seed=setting.seed, reference=reference)
         record.metrics |= to_json(results)
+        # A list, since the order of keys is lost when a record is saved.
+        record.metrics["main_metrics"] = [[name, next(iter(result.metrics))] for name, result in results.items()]
     with record.timed("fidelity"):
         if baseline is None:
             baseline = _Baseline(_next_tokens(model, setting.seed), results)
@@ -177,7 +181,10 @@ def _sample(model: PreTrainedModel, setting: Setting) -> str:
 
     assert setting.prompt is not None
     ids = encode_prompt(model, setting.prompt, setting.sample_tokens)
-    return continue_tokens(model, ids, max_new_tokens=setting.sample_tokens, temperature=0, seed=setting.seed)[0]
+    text, _ = continue_tokens(
+        model, ids, max_new_tokens=setting.sample_tokens, temperature=setting.temperature, seed=setting.seed
+    )
+    return text
 
 
 def save_records(records: Iterator[RunRecord], out: Path) -> Iterator[RunRecord]:

@@ -34,10 +34,18 @@ def run(
     started = time.perf_counter()
     say("The reference model 'ref' at 4, 3 and 2 bits: rounded (rtn), and with rounding errors passed on (gptq).")
     setting = Setting(
-        "ref", ("prose", "recall", "facts"), limit=24, sequences=16, length=512, mode="dense", prompt=PROMPT
+        "ref",
+        ("prose", "recall", "facts"),
+        limit=24,
+        sequences=16,
+        length=512,
+        mode="dense",
+        prompt=PROMPT,
+        temperature=0.7,
     )
     records = measure(setting, plan(("rtn", "gptq"), (4, 3, 2), {}), out)
     show(*comparison_tables("ref", records))
+    show("The same prompt with the same random numbers, at temperature 0.7:", "")
     for record in records:
         if record.config["bits"] in (None, 4, 2):
             show(f"[bold]{record.config['label']}[/bold]")

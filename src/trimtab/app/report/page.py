@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import trimtab
 from trimtab.app.report import text
 from trimtab.app.report.figures import pareto_svg
 from trimtab.app.report.rows import Row, load_records, main_metrics, row_of
@@ -77,7 +78,7 @@ def render(records: Sequence[RunRecord]) -> str:
         "title": f"{first.config.get('model', 'model')}: what compression cost",
         "started": first.started.replace("T", " ").replace("+00:00", " UTC"),
         "machine": first.machine,
-        "versions": first.versions,
+        "version": trimtab.__version__,
         "pictures": _pictures(rows),
         "columns": columns_of(rows),
         "rows": [

@@ -31,7 +31,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run of a comparison. `tasks`: (task, metric) -> interval; the first metric of a task is its main one."""
+    """One run of a comparison.
+
+    tasks   (task, metric) -> interval
+    main    the metric to show of each task, in the order in which tasks were run
+    """
 
     label: str
     method: str
@@ -43,6 +47,7 @@ class Row:
     bits_per_byte: Interval | None
     kl: Interval | None
     tasks: Mapping[tuple[str, str], Interval] = field(default_factory=dict)
+    main: tuple[tuple[str, str], ...] = ()
     tokens_per_second: Interval | None = None
     compress_seconds: float | None = None
 
@@ -69,21 +74,19 @@ def row_of(record: RunRecord) -> Row:
         bits_per_byte=bits_per_byte,
         kl=Interval.of(record.metrics.get("fidelity", {}).get("kl_nats_per_token")),
         tasks=tasks,
+        main=tuple((task, metric) for task, metric in record.metrics.get("main_metrics", [])),
         tokens_per_second=Interval.of(record.metrics.get("speed", {}).get("decode_tokens_per_second_median")),
         compress_seconds=record.seconds.get("compress"),
     )
 
 
 def main_metrics(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The (task, metric) columns: the first metric of each task, in the order in which tasks were run.
+    """The (task, metric) columns: the main metric of each task, in the order in which tasks were run.
 
     Bits per byte has a column of its own and is left out.
     """
-    first: dict[str, str] = {}
-    for row in rows:
-        for task, metric in row.tasks:
-            first.setdefault(task, metric)
-    return [(task, metric) for task, metric in first.items() if metric != "bits_per_byte"]
+    shown = dict.fromkeys(key for row in rows for key in row.main)
+    return [(task, metric) for task, metric in shown if metric != "bits_per_byte"]
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
