@@ -85,6 +85,7 @@ def choices_of(relation: str) -> tuple[str, ...]:
 
 
 def check_relation(task: str, relation: str | None) -> None:
+    """Raise ValueError for a relation that the small world does not have."""
     if relation is not None and relation not in RELATIONS:
         raise ValueError(f"{task}: unknown relation {relation!r}; there are: {', '.join(RELATIONS)}")
 

@@ -41,6 +41,8 @@ EXAMPLES = (
 
 
 class Mode(str, Enum):
+    """The values of --mode."""
+
     sequential = "sequential"
     dense = "dense"
 

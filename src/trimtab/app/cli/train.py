@@ -17,6 +17,8 @@ EXAMPLES = ("trimtab train ref-mini --text my-prose/ -o my-ref-mini", "trimtab t
 
 
 class Which(str, Enum):
+    """The models that can be trained again."""
+
     ref = "ref"
     ref_mini = "ref-mini"
 

@@ -10,6 +10,7 @@ from trimtab.core.errors import TrimtabError
 
 
 def main(arguments: list[str]) -> int:
+    """Draw the report; returns the exit status."""
     if not 1 <= len(arguments) <= 2:
         print("usage: python -m trimtab.app.report RUNS_DIR [REPORT.html]", file=sys.stderr)
         return 2

@@ -38,6 +38,7 @@ def interval(value: Interval | None) -> str:
 
 
 def bounds(value: Interval | None) -> str:
+    """The interval alone: [0.498, 0.526]; empty where there is none."""
     if value is None or value.low is None or value.high is None:
         return ""
     return f"[{_shown(value.low)}, {_shown(value.high)}]"
@@ -48,10 +49,12 @@ def _shown(value: float) -> str:
 
 
 def point(value: Interval | None) -> str:
+    """The value alone."""
     return NOTHING if value is None else _shown(value.value)
 
 
 def seconds(value: float | None) -> str:
+    """Seconds, or minutes from 100 seconds on."""
     if value is None:
         return NOTHING
     return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"

@@ -26,6 +26,7 @@ def document_of(task: str, example: Example, metric: str, cluster: str | None) -
 
 
 def check_limit(limit: int | None, default: int) -> int:
+    """The number of documents that a limit means (None: the default). Raises ConfigError below 1."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 document, but is {limit}.")
     return limit or default
