@@ -21,7 +21,7 @@ from trimtab.core.run_record import RunRecord, versions
 from trimtab.models.calibration import CalibrationSet
 from trimtab.models.counting import ledger_of
 from trimtab.models.info import info_of, tokenizer_of
-from trimtab.models.saving import save
+from trimtab.models.saving import describe, save
 from trimtab.models.views import LinearView, ModelView
 from trimtab.weights._loop import BlockLoop, Mode
 from trimtab.weights._state import State, model_sha256
@@ -121,6 +121,7 @@ def _compress(
     record.unchanged = list(_unchanged(model))
     record.ledger = ledger_of(model).to_dict()
     info.recipe, info.record = recipe, record
+    describe(model)
     return model
 
 

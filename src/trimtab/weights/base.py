@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from trimtab.models.views import LinearView
     from trimtab.tensors.compressed import CompressedTensor
 
+Notes = dict[str, float | str]
+"""What a method reports of one linear, for the run record."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMethod(Method):
@@ -37,7 +40,7 @@ class WeightMethod(Method):
         return frozenset()
 
     @abstractmethod
-    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, dict[str, float | str]]:
+    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, Notes]:
         """The compressed weight of `linear` and notes for the run record (damping used, fallback taken, ...).
 
         `stats` is None exactly if `needs` is empty. All arithmetic in float32 or wider. Must be deterministic.

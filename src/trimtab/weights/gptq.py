@@ -42,6 +42,7 @@ from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid, column_codes, column_values, quantize_codes
 from trimtab.tensors.metric import Metric
 from trimtab.weights._grid import GridMethod
+from trimtab.weights.base import Notes
 
 if TYPE_CHECKING:
     from trimtab.models.statistics import Need, Stats
@@ -77,29 +78,31 @@ class Gptq(GridMethod):
     def needs(self) -> frozenset[Need]:
         return frozenset({"gram"})
 
-    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, dict[str, float | str]]:
+    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, Notes]:
         assert stats is not None
         assert stats.gram is not None
         weight = linear.weight.float()
         metric = Metric.gram(stats.gram.to(weight.device), name=f"the input of {linear.name}")
         assert metric.column is not None
-        notes: dict[str, float | str] = {}
         order = metric.column_order() if self.act_order else None
         try:
             inverse = (metric if order is None else metric.permuted(order)).inverse_cholesky(self.percdamp)
-            failure = "no input is ever active" if bool(inverse.dead.all()) else None
         except NumericsError as error:
-            failure = str(error)
-        if failure:
-            notes |= {"fallback": "rtn", "fallback_reason": failure}
-            scales, zeros = self.parameters(weight, metric.column)
-            codes = quantize_codes(weight, scales, zeros, self.format)
-        else:
-            dead = metric.column == 0
-            weight = torch.where(dead, 0.0, weight)  # a copy, which the solver overwrites
-            codes, scales, zeros, loss = self._solve(weight, inverse.factor, order, metric.column)
-            notes |= {"damping": inverse.damping, "dead_columns": int(dead.sum()), "gptq_loss": loss}
-        return CompressedTensor(parts=(GroupGrid.from_codes(codes, scales, zeros, self.format),)), notes
+            return self._nearest(weight, metric.column, str(error))
+        if bool(inverse.dead.all()):
+            return self._nearest(weight, metric.column, "no input is ever active")
+        dead = metric.column == 0
+        weight = torch.where(dead, 0.0, weight)  # a copy, which the solver overwrites
+        codes, scales, zeros, loss = self._solve(weight, inverse.factor, order, metric.column)
+        grid = GroupGrid.from_codes(codes, scales, zeros, self.format)
+        notes: Notes = {"damping": inverse.damping, "dead_columns": int(dead.sum()), "gptq_loss": loss}
+        return CompressedTensor(parts=(grid,)), notes
+
+    def _nearest(self, weight: Tensor, second_moment: Tensor, reason: str) -> tuple[CompressedTensor, Notes]:
+        """What rtn does, with the reason for falling back to it."""
+        scales, zeros = self.parameters(weight, second_moment)
+        grid = GroupGrid.from_codes(quantize_codes(weight, scales, zeros, self.format), scales, zeros, self.format)
+        return CompressedTensor(parts=(grid,)), {"fallback": "rtn", "fallback_reason": reason}
 
     def _solve(
         self, weight: Tensor, upper: Tensor, order: Tensor | None, diagonal: Tensor

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid, quantize_codes
 from trimtab.weights._grid import GridMethod
+from trimtab.weights.base import Notes
 
 if TYPE_CHECKING:
     from trimtab.models.statistics import Need, Stats
@@ -42,7 +43,7 @@ class Rtn(GridMethod):
     def needs(self) -> frozenset[Need]:
         return frozenset({"second_moment"} if self.clip == "imatrix" else ())
 
-    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, dict[str, float | str]]:
+    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, Notes]:
         weight = linear.weight.detach().float()
         scales, zeros = self.parameters(weight, stats.second_moment if stats else None)
         codes = quantize_codes(weight, scales, zeros, self.format)
