@@ -28,8 +28,7 @@ LARGE_BYTES = 10**9
 def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) -> Path:
     """Write the model, its tokenizer and what was done to it; `load` and `from_pretrained` give the same logits back.
 
-    A model that was compressed in this process is saved by this function only: its own `save_pretrained` does not
-    describe the compressed layers until the model has been loaded from a checkpoint.
+    The model's own `save_pretrained` writes a directory that loads too, but without checksums, recipe and record.
     The directory appears complete or not at all: what stood there is whole until the last step, also if the disk
     fills up or the process is killed. Raises OutputError if it is not empty and `force` is not set, or cannot be
     written. Returns the directory.
@@ -39,7 +38,8 @@ def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) 
     large = sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model).values()) > LARGE_BYTES
     with atomic_directory(directory, force=force) as partial:
         try:
-            with _described(model), quiet(large=large):
+            describe(model)
+            with quiet(large=large):
                 model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
             if (tokenizer := info_of(model).tokenizer) is not None:
                 tokenizer.save_pretrained(partial)
@@ -67,22 +67,13 @@ def quiet(*, large: bool) -> Iterator[None]:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def _described(model: PreTrainedModel) -> Iterator[None]:
-    """While the configuration is written, it describes the compressed layers the model has now."""
+def describe(model: PreTrainedModel) -> None:
+    """Make `model.config` describe the compressed layers the model has now, so that whoever saves it saves that too."""
     layers = {name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    config = model.config
-    before = config.__dict__.pop("quantization_config", None)
     if layers:
-        config.quantization_config = TrimtabQuantizationConfig(
-            layers, str(config.model_type), FORMAT_VERSION, trimtab.__version__
+        model.config.quantization_config = TrimtabQuantizationConfig(
+            layers, str(model.config.model_type), FORMAT_VERSION, trimtab.__version__
         )
-    try:
-        yield
-    finally:
-        config.__dict__.pop("quantization_config", None)
-        if before is not None:
-            config.quantization_config = before
 
 
 def _manifest(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
