@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         **measured,
     }
     path = RESULTS / f"{arguments[0]}_{machine_name(record.machine)}_{record.started[:10]}.json"
-    write_text_atomically(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+    write_text_atomically(path, json.dumps(document, indent=1) + "\n")
     print(path)
     return status
 

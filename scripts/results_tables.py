@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.app.report import text
-from trimtab.app.report.rows import Interval, Row, row_of
+from trimtab.app.report.rows import Interval, Row, main_metrics, row_of
 from trimtab.core.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,11 +73,8 @@ def _task_cell(key: tuple[str, str]) -> Callable[[Row], str]:
 
 def _tasks_to_show(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """The main metric of the tasks that the table has room for."""
-    first: dict[str, tuple[str, str]] = {}
-    for row in rows:
-        for task, metric in row.tasks:
-            first.setdefault(task, (task, metric))
-    return {task: first[task] for task in ("recall", "facts", "format") if task in first}
+    main = dict(main_metrics(rows))
+    return {task: (task, main[task]) for task in ("recall", "facts", "format") if task in main}
 
 
 def claims_table(document: Document, method: str | None) -> str:

@@ -64,3 +64,53 @@ def test_names_of_machines_are_short(tables: ModuleType) -> None:
     name = script("record_results").machine_name
     assert name({"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cores": 2}) == "xeon-platinum-8481c-2"
     assert name({"cpu": "AMD EPYC", "cores": 16}) == "amd-epyc-16"
+
+
+def _record(label: str, method: str | None) -> dict[str, object]:
+    recall = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 100, "undefined": 0}
+    return {
+        "command": "compare",
+        "config": {"label": label, "method": method, "bits": 4 if method else None},
+        "ledger": {"bytes_at_rest": 7_000_000, "keep_fraction": 0.5, "bits_per_weight": 4.375 if method else None},
+        "metrics": {"tasks": {"recall": {"exact_match": recall}}, "main_metrics": [["recall", "exact_match"]]},
+        "seconds": {"compress": 3.0} if method else {},
+    }
+
+
+DOCUMENT = {
+    "started": "2026-01-02T03:04:05+00:00",
+    "machine": {"cpu": "A Processor", "cores": 2},
+    "versions": {"torch": "2.13.0"},
+    "file": "benchmarks/results/x_y_2026-01-02.json",
+}
+
+
+def test_compare_table(tables: ModuleType) -> None:
+    records = [_record("uncompressed", None), _record("rtn 4-bit", "rtn"), _record("gptq 4-bit", "gptq")]
+    drawn = tables.compare_table({**DOCUMENT, "records": records}, "rtn")
+    assert [line.split("|")[1].strip() for line in drawn.splitlines()[2:4]] == ["uncompressed", "rtn 4-bit"]
+    assert "gptq" not in drawn
+    assert "0.500 [0.400, 0.600]" in drawn
+    assert "A Processor, 2 cores, torch 2.13.0, 2026-01-02" in drawn
+
+
+def test_a_method_without_results_has_no_table(tables: ModuleType) -> None:
+    assert tables.compare_table({**DOCUMENT, "records": [_record("uncompressed", None)]}, "rtn") == ""
+
+
+def test_claims_table_shows_what_does_not_hold(tables: ModuleType) -> None:
+    verdict = {"claim": "A | B", "measured": {"kl_nats": 0.5}, "baseline": {}, "holds": False, "system": "rtn"}
+    drawn = tables.claims_table({**DOCUMENT, "verdicts": [verdict]}, "rtn")
+    assert "| A \\| B | kl nats 0.5 |  | does not hold here |" in drawn
+
+
+def test_kernels_table(tables: ModuleType) -> None:
+    entry = {"bench": "grid_matmul", "system": "native", "setting": {"bits": 4}, "decode_ms_median": 0.25}
+    drawn = tables.kernels_table({**DOCUMENT, "entries": [entry]}, None)
+    assert "| grid_matmul | native | bits 4 | 0.25 |" in drawn
+
+
+def test_evaluate_table(tables: ModuleType) -> None:
+    model = {"tasks": {"facts": {"exact_match": {"value": 0.9, "low": 0.8, "high": 0.95}}}}
+    drawn = tables.evaluate_table({**DOCUMENT, "models": {"ref": model, "ref-mini": model}}, None)
+    assert "| facts | exact match | 0.900 [0.800, 0.950] | 0.900 [0.800, 0.950] |" in drawn
