@@ -106,6 +106,14 @@ def test_interrupt_exits_130_without_traceback(cli, monkeypatch: pytest.MonkeyPa
     assert "Traceback" not in ran.err
 
 
+def test_a_full_disk_is_no_traceback(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(document: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trimtab.app.cli.list.emit_json", full)
+    refused("list", "--json", names=["No space left on device"])
+
+
 def test_options_come_from_the_environment(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_LIST_ROOM", "steering")
     monkeypatch.setenv("TRIMTAB_VERSION", "0.1")  # a variable that people set for other ends

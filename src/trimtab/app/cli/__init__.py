@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _quiet_libraries()
     try:
         typer.main.get_command(app).main(args=arguments, prog_name="trimtab")
-    except TrimtabError as error:
+    except (TrimtabError, OSError) as error:  # an OSError is a full disk or a missing right, not a bug
         if os.environ.get("TRIMTAB_DEBUG", "") not in ("", "0"):
             raise
         complain(error)

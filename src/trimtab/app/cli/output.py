@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from trimtab.core.errors import TrimtabError
-
 
 def _plain(value: Any) -> Any:
     """JSON has no infinity: numbers that are not finite become null."""
@@ -38,7 +36,7 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def complain(error: TrimtabError) -> None:
+def complain(error: Exception) -> None:
     """The one message of an error that the user can mend."""
     say(f"trimtab: {type(error).__name__}: {error}")
 
