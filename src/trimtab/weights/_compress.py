@@ -146,8 +146,7 @@ def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
                 "do not follow one another."
             )
     targets = view.select(method.targets)
-    for linear in targets:
-        method.check_linear(linear)
+    method.check_targets(targets)
     for linear in targets:
         _check_weight(linear)
     return frozenset(linear.name for linear in targets)

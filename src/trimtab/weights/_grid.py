@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,7 @@ from trimtab.weights.base import WeightMethod
 if TYPE_CHECKING:
     from trimtab.models.views import LinearView
 
+GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 Clip = Literal["none", "mse", "imatrix"]
 _SEARCH: dict[Clip, ClipSearch | None] = {"none": None, "mse": MSE_SEARCH, "imatrix": IMATRIX_SEARCH}
 
@@ -60,6 +62,15 @@ class GridMethod(WeightMethod):
             self.format.group_length((linear.out_features, linear.in_features))
         except ConfigError as error:
             raise TargetError(f"{linear.name} (role {linear.role}): {error}") from None
+
+    def check_targets(self, linears: Sequence[LinearView]) -> None:
+        try:
+            super().check_targets(linears)
+        except TargetError as error:
+            widths = sorted({linear.in_features for linear in linears})
+            common = [str(g) for g in GROUP_SIZES if all(width % g == 0 for width in widths)]
+            fit = f"all {len(linears)} targets (widths {', '.join(map(str, widths))}): {', '.join([*common, '-1'])}."
+            raise TargetError(f"{error} Group sizes that fit {fit}") from None
 
     def parameters(self, weight: Tensor, second_moment: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros of all groups of `weight` [out, in]; `second_moment` [in] is used by clip="imatrix" only."""

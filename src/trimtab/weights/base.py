@@ -49,7 +49,12 @@ class WeightMethod(Method):
 
     @abstractmethod
     def check_linear(self, linear: LinearView) -> None:
-        """Raise TargetError if the options do not fit this linear. Called for all targets before any work starts."""
+        """Raise TargetError if the options do not fit this linear."""
+
+    def check_targets(self, linears: Sequence[LinearView]) -> None:
+        """`check_linear` of all targets; called before any work starts. Override to name a fix that fits them all."""
+        for linear in linears:
+            self.check_linear(linear)
 
     @classmethod
     def refuses_after(cls, earlier: Sequence[Step]) -> str | None:
