@@ -1,4 +1,4 @@
-"""The compiled kernels: where the shared library is, whether it fits this package, which instruction sets it may use."""
+"""The compiled kernels: where the library is, whether it fits this package, which instruction sets it may use."""
 
 from __future__ import annotations
 

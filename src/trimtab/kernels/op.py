@@ -40,7 +40,7 @@ class Backend(Generic[P, R]):
 
 @dataclass(frozen=True, slots=True)
 class KernelOp(Generic[P, R]):
-    """An operation, called as its reference. `backends` are tried in order; each choice and its reasons is logged once."""
+    """An operation, called as its reference. `backends` are tried in order; choices and reasons are logged once."""
 
     name: str
     reference: Callable[P, R]

@@ -35,6 +35,16 @@ _CODES_PER_LANE = {2: 8, 3: 16, 4: 4, 8: 2}
 _WORDS_PER_LANE = {2: 1, 3: 3, 4: 1, 8: 1}
 
 
+def codes_per_lane(bits: int) -> int:
+    """Codes that the words of one lane hold."""
+    return _CODES_PER_LANE[bits]
+
+
+def words_per_lane(bits: int) -> int:
+    """16-bit words of one lane, each in a plane of its own."""
+    return _WORDS_PER_LANE[bits]
+
+
 def packed_bytes(in_features: int, bits: int) -> int:
     """Bytes of one packed row of `in_features` codes, padding included. Raises ConfigError."""
     return sum(2 * _WORDS_PER_LANE[bits] * lanes * blocks for _, lanes, blocks in _block_runs(in_features, bits))

@@ -11,7 +11,8 @@ namespace trimtab {
 namespace {
 
 template <class V, int BITS>
-typename V::floats decode_segment(const Segment& s, const uint8_t* row, const typename V::template Grid<BITS>& grid) {
+TT_INLINE inline typename V::floats decode_segment(const Segment& s, const uint8_t* row,
+                                                   const typename V::template Grid<BITS>& grid) {
   const uint8_t* at = row + s.byte_offset;
   if (BITS == 3 && s.shift < 0) {
     return V::template decode<BITS, 0>(
@@ -30,12 +31,12 @@ void fma_tile(const Tile& tile) {
   const Plan& plan = *tile.plan;
   typename V::floats sums[R][B];
   typename V::template Grid<BITS> grid[R];
-  unroll<R>([&](auto r) { unroll<B>([&](auto b) { sums[r][b] = V::zero(); }); });
+  unroll<R>([&](auto r) TT_INLINE { unroll<B>([&](auto b) TT_INLINE { sums[r][b] = V::zero(); }); });
 
   int64_t group = -1, left = 0;
-  auto enter = [&](int64_t next) {
+  auto enter = [&](int64_t next) TT_INLINE {
     group = next;
-    unroll<R>([&](auto r) {
+    unroll<R>([&](auto r) TT_INLINE {
       const int64_t at = r * plan.groups + group;
       grid[r] = tile.zeros ? V::template grid<BITS>(tile.scales[at], tile.zeros[at])
                            : V::template grid<BITS>(tile.scales[at], float(1 << (BITS - 1)));
@@ -45,7 +46,7 @@ void fma_tile(const Tile& tile) {
   const float* x = static_cast<const float*>(tile.x_blocks);
   const uint8_t* block = tile.packed;
   for (int64_t i = 0; i < plan.blocks; ++i, block += kBlockBytes) {
-    unroll<kCodes>([&](auto k) {
+    unroll<kCodes>([&](auto k) TT_INLINE {
       if (left == 0) {
         enter(group + 1);
         left = plan.chunks_per_group;
@@ -54,23 +55,23 @@ void fma_tile(const Tile& tile) {
       constexpr bool kTop = BITS == 3 && k == 15;
       constexpr int kPlane = BITS == 3 ? k / 5 : 0;
       constexpr int kShift = kTop ? 0 : BITS * (BITS == 3 ? k % 5 : int(k));
-      unroll<kParts>([&](auto part) {
+      unroll<kParts>([&](auto part) TT_INLINE {
         typename V::words words[R];
-        unroll<R>([&](auto r) {
+        unroll<R>([&](auto r) TT_INLINE {
           const uint8_t* at = block + r * tile.row_step + part * 4 * V::W;
           if constexpr (kTop) {
             words[r] = V::top_codes(V::load(at), V::load(at + 2 * kLanes), V::load(at + 4 * kLanes));
           } else {
             words[r] = V::load(at + kPlane * 2 * kLanes);
-            if constexpr (k == 0 && B <= 2) V::prefetch(at + V::kPrefetch);
+            if constexpr (kShift == 0 && part * 4 * V::W % 64 == 0 && B <= 2) V::prefetch(at + kPlane * 2 * kLanes + V::kPrefetch / R);
           }
         });
-        unroll<2>([&](auto odd) {
+        unroll<2>([&](auto odd) TT_INLINE {
           typename V::floats w[R];
-          unroll<R>([&](auto r) { w[r] = V::template decode<BITS, 16 * odd + kShift>(words[r], grid[r]); });
-          unroll<B>([&](auto b) {
+          unroll<R>([&](auto r) TT_INLINE { w[r] = V::template decode<BITS, 16 * odd + kShift>(words[r], grid[r]); });
+          unroll<B>([&](auto b) TT_INLINE {
             const auto value = V::load_floats(x + b * kChunk + odd * 16 + part * V::W);
-            unroll<R>([&](auto r) { sums[r][b] = V::fma(w[r], value, sums[r][b]); });
+            unroll<R>([&](auto r) TT_INLINE { sums[r][b] = V::fma(w[r], value, sums[r][b]); });
           });
         });
       });
@@ -83,13 +84,13 @@ void fma_tile(const Tile& tile) {
     const Segment& s = plan.segments[i];
     if (s.group != group) enter(s.group);
     typename V::floats w[R];
-    unroll<R>([&](auto r) { w[r] = decode_segment<V, BITS>(s, tile.packed + r * tile.row_step, grid[r]); });
-    unroll<B>([&](auto b) {
+    unroll<R>([&](auto r) TT_INLINE { w[r] = decode_segment<V, BITS>(s, tile.packed + r * tile.row_step, grid[r]); });
+    unroll<B>([&](auto b) TT_INLINE {
       const auto value = V::load_floats(rest + b * tile.rest + s.x_offset, s.count);
-      unroll<R>([&](auto r) { sums[r][b] = V::fma(w[r], value, sums[r][b]); });
+      unroll<R>([&](auto r) TT_INLINE { sums[r][b] = V::fma(w[r], value, sums[r][b]); });
     });
   }
-  unroll<R>([&](auto r) { unroll<B>([&](auto b) { tile.out[r * B + b] = V::sum(sums[r][b]); }); });
+  unroll<R>([&](auto r) TT_INLINE { unroll<B>([&](auto b) TT_INLINE { tile.out[r * B + b] = V::sum(sums[r][b]); }); });
 }
 
 template <class V, int BITS>

@@ -177,6 +177,13 @@ void run_rows(const Job& job, const Inputs& inputs, int64_t first, int index, in
       load_floats(job.kernels, p.scale_dtype, job.scales, at, groups, parameters.data() + r * groups);
       if (job.zeros) job.kernels.bytes_to_floats(job.zeros + at, parameters.data() + (rows + r) * groups, groups);
     }
+    const int64_t parameter_bytes = groups * (p.scale_dtype == kFloat32 ? 4 : 2);
+    for (int r = 0; r < count; ++r) {  // of the next tile, so that it need not wait for them
+      const char* next = static_cast<const char*>(job.scales) + (row + 1 + r * apart) * parameter_bytes;
+      for (int64_t i = 0; i < parameter_bytes; i += 64) __builtin_prefetch(next + i);
+      if (!job.zeros) continue;
+      for (int64_t i = 0; i < groups; i += 64) __builtin_prefetch(job.zeros + (row + 1 + r * apart) * groups + i);
+    }
     tile.packed = job.packed + row * job.bytes_per_row;
     tile.row_step = apart * job.bytes_per_row;
     kernel(tile);

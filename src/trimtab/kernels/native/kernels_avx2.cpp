@@ -9,7 +9,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int W = 8;
-  static constexpr int kPrefetch = 1024;
+  static constexpr int kPrefetch = 8192;
   static constexpr int kRows[kWidthCount] = {4, 2, 2, 1};
   using floats = __m256;
   using words = __m256i;
@@ -24,7 +24,9 @@ struct Avx2 {
   static words load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static floats fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
-  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  TT_INLINE static void prefetch(const uint8_t* p) {  // see vector_avx512.h
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
   static words shift(words v, int count) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(count)); }
   static float sum(floats v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

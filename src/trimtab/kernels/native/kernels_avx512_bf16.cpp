@@ -50,12 +50,12 @@ void bf16_tile(const Tile& tile) {
   const Plan& plan = *tile.plan;
   const __m512i table = BITS == 8 ? _mm512_setzero_si512() : code_table<BITS == 8 ? 4 : BITS>();
   __m512 totals[R][B], sums[R][B];
-  unroll<R>([&](auto r) { unroll<B>([&](auto b) { totals[r][b] = sums[r][b] = _mm512_setzero_ps(); }); });
+  unroll<R>([&](auto r) TT_INLINE { unroll<B>([&](auto b) TT_INLINE { totals[r][b] = sums[r][b] = _mm512_setzero_ps(); }); });
   const float* scale = tile.scales;
-  auto leave_group = [&] {
-    unroll<R>([&](auto r) {
+  auto leave_group = [&]() TT_INLINE {
+    unroll<R>([&](auto r) TT_INLINE {
       const __m512 s = _mm512_set1_ps(scale[r * plan.groups]);
-      unroll<B>([&](auto b) {
+      unroll<B>([&](auto b) TT_INLINE {
         totals[r][b] = _mm512_fmadd_ps(sums[r][b], s, totals[r][b]);
         sums[r][b] = _mm512_setzero_ps();
       });
@@ -67,24 +67,24 @@ void bf16_tile(const Tile& tile) {
   const uint8_t* block = tile.packed;
   int64_t left = plan.chunks_per_group;
   for (int64_t i = 0; i < plan.blocks; ++i, block += kBlockBytes) {
-    unroll<kCodes>([&](auto k) {
+    unroll<kCodes>([&](auto k) TT_INLINE {
       constexpr bool kTop = BITS == 3 && k == 15;
       constexpr int kPlane = BITS == 3 ? k / 5 : 0;
       constexpr int kShift = kTop ? 0 : BITS * (BITS == 3 ? k % 5 : int(k));
       __m512i w[R];
-      unroll<R>([&](auto r) {
+      unroll<R>([&](auto r) TT_INLINE {
         const uint8_t* at = block + r * tile.row_step;
         if constexpr (kTop) {
           w[r] = Avx512::top_codes(Avx512::load(at), Avx512::load(at + 2 * kLanes), Avx512::load(at + 4 * kLanes));
         } else {
           w[r] = Avx512::load(at + kPlane * 2 * kLanes);
-          if constexpr (kShift == 0 && B <= 2) Avx512::prefetch(at + kPlane * 2 * kLanes + Avx512::kPrefetch);
+          if constexpr (kShift == 0 && B <= 2) Avx512::prefetch(at + kPlane * 2 * kLanes + Avx512::kPrefetch / R);
         }
         w[r] = decode<BITS, kShift>(w[r], table);
       });
-      unroll<B>([&](auto b) {
+      unroll<B>([&](auto b) TT_INLINE {
         const __m512i value = _mm512_loadu_si512(x + b * kChunk);
-        unroll<R>([&](auto r) { sums[r][b] = dot(sums[r][b], w[r], value); });
+        unroll<R>([&](auto r) TT_INLINE { sums[r][b] = dot(sums[r][b], w[r], value); });
       });
       x += B * kChunk;
       if (--left == 0) {
@@ -99,7 +99,7 @@ void bf16_tile(const Tile& tile) {
     const Segment& s = plan.segments[i];
     const __mmask32 lanes = __mmask32(s.count == 32 ? ~0u : (1u << s.count) - 1);
     __m512i w[R];
-    unroll<R>([&](auto r) {
+    unroll<R>([&](auto r) TT_INLINE {
       const uint8_t* at = tile.packed + r * tile.row_step + s.byte_offset;
       __m512i words = _mm512_maskz_loadu_epi16(lanes, at);
       if (BITS == 3 && s.shift < 0) {
@@ -110,16 +110,16 @@ void bf16_tile(const Tile& tile) {
       }
       w[r] = decode<BITS, 0>(words, table);
     });
-    unroll<B>([&](auto b) {
+    unroll<B>([&](auto b) TT_INLINE {
       const __m512i value = _mm512_maskz_loadu_epi16(lanes, rest + b * tile.rest + s.x_offset);
-      unroll<R>([&](auto r) { sums[r][b] = dot(sums[r][b], w[r], value); });
+      unroll<R>([&](auto r) TT_INLINE { sums[r][b] = dot(sums[r][b], w[r], value); });
     });
     if (s.ends_group) leave_group();
   }
   if (left != plan.chunks_per_group && plan.segment_count == 0) leave_group();
 
-  unroll<R>([&](auto r) {
-    unroll<B>([&](auto b) {
+  unroll<R>([&](auto r) TT_INLINE {
+    unroll<B>([&](auto b) TT_INLINE {
       float out = _mm512_reduce_add_ps(totals[r][b]);
       if (tile.zeros) {
         __m512 shifted = _mm512_setzero_ps();

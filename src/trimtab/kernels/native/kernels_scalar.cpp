@@ -6,7 +6,7 @@ namespace {
 
 struct Scalar {
   static constexpr int W = 16;
-  static constexpr int kPrefetch = 0;
+  static constexpr int kPrefetch = 2048;
   static constexpr int kRows[kWidthCount] = {1, 1, 1, 1};
   struct floats {
     float v[W];
@@ -20,7 +20,7 @@ struct Scalar {
   };
 
   static floats zero() { return {}; }
-  static void prefetch(const uint8_t*) {}
+  TT_INLINE static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }  // always inline: see vector_avx512.h
   static words load(const uint8_t* p) {
     words out;
     for (int i = 0; i < W; ++i) {  // little-endian on any machine

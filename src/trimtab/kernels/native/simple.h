@@ -6,17 +6,20 @@
 #include <type_traits>
 #include <utility>
 
+// For functions and lambdas that hold vector registers of their callers: a call would spill them all.
+#define TT_INLINE __attribute__((always_inline))
+
 namespace trimtab {
 namespace {
 
 template <class F, int... I>
-constexpr __attribute__((always_inline)) void unroll_indices(F&& f, std::integer_sequence<int, I...>) {
+constexpr TT_INLINE void unroll_indices(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 
 // f(0), f(1), ... f(N - 1), each index a compile-time constant.
 template <int N, class F>
-constexpr __attribute__((always_inline)) void unroll(F&& f) {
+constexpr TT_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, N>{});
 }
 
