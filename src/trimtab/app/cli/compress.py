@@ -158,8 +158,12 @@ def _changed_table(record: RunRecord) -> Table:
         worst = max(own, key=_error)
         cells = (role, str(len(own)), ", ".join(shapes), figures.size(nbytes), f"{8 * nbytes / weights:.2f}")
         rows.append((*cells, figures.number(_error(worst)), worst["linear"]))
-    columns = ("role", "linears", "out x in", "bytes", "bits / weight", "largest error", "where")
+    columns = ("role", "linears", "out x in", "bytes", "bits / weight", f"largest {_error_kind(record)} error", "where")
     return table("Changed", columns, rows, right=columns[1:6])
+
+
+def _error_kind(record: RunRecord) -> str:
+    return "output" if any("relative_error" in entry for entry in record.changed) else "weight"
 
 
 def _error(entry: Mapping[str, Any]) -> float:

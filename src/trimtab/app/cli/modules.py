@@ -38,8 +38,9 @@ def run(model: Model, as_json: AsJson = False) -> None:
     ]
     columns = ("linear", "role", "out x in", "parameters", "stored as")
     in_linears = sum(r["parameters"] for r in rows)
-    total = sum(p.numel() for p in loaded.parameters())
+    packed = sum(linear.out_features * linear.in_features for linear in view.linears if linear.compressed is not None)
+    total = packed + sum(parameter.numel() for parameter in loaded.parameters())
     show(
         table(f"{model} ({view.family}, {len(view.blocks)} blocks)", columns, cells, right=columns[2:4]),
-        f"{len(rows)} linears hold {in_linears:,} parameters; all parameters of the model held as such: {total:,}.",
+        f"{len(rows)} linears hold {in_linears:,} of the model's {total:,} parameters.",
     )
