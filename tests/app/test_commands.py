@@ -165,3 +165,30 @@ def test_train_hands_over_to_the_trainer(cli: Cli, tmp_path: Path, monkeypatch: 
     assert trainer.main(arguments) == 0
     assert trained[:3] == [tmp_path, tmp_path / "out", "ref-mini"]
     assert trained[4] is False
+
+
+def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.kernels.bandwidth._BUFFER_BYTES", 1 << 20)
+    told = cli("doctor", "--json").json
+    assert told["versions"]["torch"]
+    assert told["machine"]["cores"] >= 1
+    assert told["read_bandwidth_gbps"] > 0
+    assert {"operation", "backend", "available", "detail"} <= set(told["kernels"][0])
+    assert all(entry["detail"] for entry in told["kernels"] if not entry["available"])
+    ran = cli("doctor")
+    assert "GB/s" in ran.out
+    assert "reference" in ran.out
+
+
+def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.kernels import bench
+
+    shapes = [bench.Shape(64, 128, 1, traffic_bytes=1 << 16), bench.Shape(64, 128, 4, traffic_bytes=1 << 16)]
+    monkeypatch.setattr("trimtab.kernels.bandwidth._BUFFER_BYTES", 1 << 20)
+    monkeypatch.setitem(bench.BENCHMARKS, "grid-matmul", lambda: bench.grid_matmul_bench(shapes, bits=[4]))
+    told = cli("bench", "grid-matmul", "--json").json
+    assert len(told) == 4
+    assert all({"bench", "system", "setting", "decode_ms_median"} <= set(entry) for entry in told)
+    table = cli("bench").out
+    assert table.count("torch/bf16-linear") == 2
+    assert "bandwidth" in table

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from trimtab.app.cli.options import AsJson
-from trimtab.app.cli.output import emit_json, show, table
+from trimtab.app.cli.output import emit_json, show, wide_table
 from trimtab.app.report import text
 
-EXAMPLES = ("trimtab bench", "trimtab bench grid_matmul --json")
+EXAMPLES = ("trimtab bench", "trimtab bench grid-matmul --json")
 
 
 def run(
@@ -27,14 +27,17 @@ def run(
     if as_json:
         emit_json(measured)
         return
-    for bench_name in dict.fromkeys(str(entry["bench"]) for entry in measured):
-        own = [entry for entry in measured if entry["bench"] == bench_name]
-        columns = list(dict.fromkeys(key for entry in own for key in entry if key != "bench"))
-        rows = [[_cell(entry.get(column)) for column in columns] for entry in own]
-        show(table(bench_name, columns, rows, right=columns[2:]))
+    for bench_name, setting in dict.fromkeys((entry["bench"], entry["setting"]) for entry in measured):
+        own = [entry for entry in measured if (entry["bench"], entry["setting"]) == (bench_name, setting)]
+        figures = list(
+            dict.fromkeys(key for entry in own for key in entry if key not in ("bench", "setting", "system"))
+        )
+        rows = [[str(entry["system"]), *(_cell(entry.get(figure)) for figure in figures)] for entry in own]
+        names = [figure.replace("_", " ") for figure in figures]
+        show(*wide_table(f"{bench_name}: {setting}", ["system", *names], rows))
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, int):
+        return f"{value:,}"
     return text.number(value) if isinstance(value, float) else text.NOTHING if value is None else str(value)

@@ -28,8 +28,16 @@ def run(as_json: AsJson = False) -> None:
     if as_json:
         emit_json(found)
         return
-    show(table("Versions", ("package", "version"), list(found["versions"].items())))
     facts = [(name, str(value)) for name, value in found["machine"].items() if name != "memory_bytes"]
-    facts.append(("memory", text.size(found["machine"]["memory_bytes"] or 0)))
+    memory = found["machine"]["memory_bytes"]
+    facts.append(("memory", text.NOTHING if memory is None else text.size(memory)))
     facts.append(("read bandwidth", f"{found['read_bandwidth_gbps']:.1f} GB/s, measured now"))
-    show(table("Machine", ("", ""), facts))
+    kernels = [
+        (entry["operation"], entry["backend"], "yes" if entry["available"] else "no", entry["detail"])
+        for entry in found["kernels"]
+    ]
+    show(
+        table("Versions", ("package", "version"), list(found["versions"].items())),
+        table("Machine", ("", ""), facts),
+        table("Kernels, fastest first", ("operation", "backend", "runs here", "with, or why not"), kernels),
+    )
