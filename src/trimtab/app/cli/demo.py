@@ -27,7 +27,7 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the report.")] = Path("trimtab-demo"),
     force: Force = False,
 ) -> None:
-    """See it work: the shipped model compressed two ways, measured and explained, in about a minute, offline."""
+    """Compress the shipped model, measure it and show what was lost: about a minute, offline."""
     check_output(out, force, holds="runs")
     from trimtab.app.comparison import Setting, plan
 

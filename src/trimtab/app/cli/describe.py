@@ -66,7 +66,7 @@ def run(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from trimtab list.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Describe one method: what it does, when to use it, its options and its paper."""
+    """Describe one method: what it does, when it fails, options, paper."""
     info = method_info(method)
     cls = method_class(info.name)
     options = options_of(cls)

@@ -11,7 +11,10 @@ EXAMPLES = ("trimtab modules ref", "trimtab modules ref-mini --json")
 
 
 def run(model: Model, as_json: AsJson = False) -> None:
-    """Show the linear layers of a model: names for --set targets=..., roles, shapes, parameters."""
+    """Show the linear layers of a model: names, roles, shapes, parameters.
+
+    Names and roles are what `--set targets=...` takes.
+    """
     import trimtab as tt
 
     loaded = tt.load(model)
