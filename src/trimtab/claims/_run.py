@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from trimtab.claims.base import Claim, Verdict
 from trimtab.core.errors import ConfigError, NumericsError, did_you_mean
-from trimtab.core.progress import progress
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def claims_of(name: str) -> tuple[Claim, ...]:
 
 
 def run_claims(names: str | Sequence[str] | None = None) -> list[Verdict]:
-    """Run the experiments of these systems (None: all), in the order of the files.
+    """Run the experiments of these systems (None: all), in the order of the files; says on stderr which one runs.
 
     A claim that does not hold is a verdict, not an error. Raises ConfigError for an unknown name, NumericsError if an
     experiment measures NaN.
@@ -39,10 +39,10 @@ def run_claims(names: str | Sequence[str] | None = None) -> list[Verdict]:
     chosen = claim_names() if names is None else [names] if isinstance(names, str) else list(names)
     claims = [claim for name in chosen for claim in claims_of(name)]
     verdicts = []
-    with progress("claims", len(claims)) as advance:
-        for claim in claims:
-            verdicts.append(_verdict(claim))
-            advance(claim.system)
+    for number, claim in enumerate(claims, start=1):
+        # a line and no bar: compressing and measuring show their own
+        print(f"claim {number}/{len(claims)} ({claim.system}): {claim.claim}", file=sys.stderr, flush=True)
+        verdicts.append(_verdict(claim))
     return verdicts
 
 
