@@ -87,8 +87,9 @@ readme: $(VENV)/.installed
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Warnings of other libraries are not ours to mend.
 peers: $(VENV)-peers/.installed
-	@$(ONE_THREAD) $(VENV)-peers/bin/python -m pytest -q -m "peers and not gpu" --timeout 3600 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(VENV)-peers/bin/python -m pytest -q -W default -m "peers and not gpu" --timeout 3600 $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers build dist site out trimtab-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
