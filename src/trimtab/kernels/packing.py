@@ -66,7 +66,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if run.shape[1] < capacity * blocks:
             run = torch.nn.functional.pad(run, (0, capacity * blocks - run.shape[1]))
         size = _WORDS_PER_LANE[bits] * lanes * blocks
-        _pack_run(run.reshape(rows, blocks, -1, lanes), words[:, done : done + size], bits)
+        _pack_run(run.reshape(rows, blocks, _CODES_PER_LANE[bits], lanes), words[:, done : done + size], bits)
         done += size
     return packed
 
@@ -87,9 +87,9 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     words, done = packed.view(torch.int16), 0
     for start, lanes, blocks in _block_runs(in_features, bits):
         size = _WORDS_PER_LANE[bits] * lanes * blocks
-        run = _unpack_run(words[:, done : done + size].reshape(rows, blocks, -1, lanes), bits)
+        run = _unpack_run(words[:, done : done + size].reshape(rows, blocks, _WORDS_PER_LANE[bits], lanes), bits)
         part = codes[:, start : start + lanes * blocks * _CODES_PER_LANE[bits]]
-        part.copy_(run.reshape(rows, -1)[:, : part.shape[1]])
+        part.copy_(run.flatten(1)[:, : part.shape[1]])
         done += size
     return codes
 
@@ -121,7 +121,7 @@ def _pack_run(codes: Tensor, out: Tensor, bits: int) -> None:
             words[:, :, k // 5] |= code << 3 * (k % 5)
         else:
             words[:, :, 0] |= code << bits * k
-    out.copy_(words.reshape(rows, -1))
+    out.copy_(words.flatten(1))
 
 
 def _unpack_run(words: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,55 @@
+"""The benchmark and what `doctor` asks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trimtab.core.errors import ConfigError, NumericsError
+from trimtab.kernels import bandwidth, bench
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> bench.Shape:
+    monkeypatch.setattr(bench, "read_bandwidth_gbps", lambda: 10.0)
+    return bench.Shape(96, 256, 2, traffic_bytes=1 << 16)
+
+
+def test_entries_and_files(small: bench.Shape, tmp_path: Path) -> None:
+    entries = bench.grid_matmul_bench([small], [3, 4])
+    assert [entry["system"] for entry in entries] == ["trimtab/grid-3", "trimtab/grid-4", "torch/bf16-linear"]
+    for entry in entries:
+        assert entry["bench"] == "grid-matmul"
+        assert entry["decode_ms_median"] > 0
+        assert entry["bandwidth_share"] == pytest.approx(entry["read_gbps_median"] / 10.0)
+    assert entries[1]["weight_bytes"] == 96 * (128 + 2 * 4)
+    data, table = bench.write(entries, tmp_path)
+    assert json.loads(data.read_text())["entries"] == entries
+    assert table.read_text().count("trimtab/grid-") == 2
+
+
+def test_no_speed_when_parity_is_red(small: bench.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench.grid_matmul
+    monkeypatch.setattr(bench, "grid_matmul", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(NumericsError, match="speed is not reported"):
+        bench.grid_matmul_bench([small], [4])
+    monkeypatch.setattr(bench, "grid_matmul", lambda *a, **k: right(*a, **k) * float("nan"))
+    with pytest.raises(NumericsError):
+        bench.grid_matmul_bench([small], [4])
+
+
+def test_unknown_benchmark() -> None:
+    with pytest.raises(ConfigError, match="grid-matmul"):
+        bench.run("grid-matmull")
+
+
+def test_bandwidth_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "_BUFFER_BYTES", 8 << 20)
+    assert bandwidth.read_bandwidth_gbps() > 0.1
+    assert bandwidth._torch_read_gbps(torch.ones(8 << 20, dtype=torch.uint8)) > 0.1
+    report = bandwidth.kernel_report()
+    assert {entry["backend"] for entry in report} == {"triton", "native", "reference"}
+    assert all(entry["available"] or entry["detail"] for entry in report)

@@ -1,0 +1,258 @@
+"""grid_matmul: every backend and instruction set against the definition in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trimtab.core.errors import ConfigError, KernelUnavailable
+from trimtab.kernels import library
+from trimtab.kernels.bench import RMS_BOUND
+from trimtab.kernels.grid_matmul import GRID_MATMUL, grid_matmul, native
+from trimtab.kernels.grid_matmul.reference import dequantize, grid_matmul_reference
+
+from .conftest import Grid, inputs, make_grid, relative_rms
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HERE = library.machine_isas() if library.absent() is None else ()
+needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
+# width, group size: blocks and tails of every number of bits, groups that are and are not whole chunks of 32
+SHAPES = [(1, -1), (7, 7), (64, 32), (480, 96), (336, 48), (704, 64), (1000, -1), (1072, 16), (1536, 128), (2048, 512)]
+
+
+def exact(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return x.double() @ grid.weight().T
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("width", "group_size"), [(7, 7), (96, 48), (1000, -1)])
+def test_reference_is_the_definition(bits: int, symmetric: bool, width: int, group_size: int) -> None:
+    grid = make_grid(5, width, bits, group_size, symmetric=symmetric)
+    x = inputs(3, width, torch.float32)
+    weight = dequantize(*grid.arguments(), **grid.options)
+    assert torch.equal(weight, grid.weight().float())
+    found = grid_matmul_reference(x, *grid.arguments(), **grid.options)
+    assert relative_rms(found, exact(x, grid)) < RMS_BOUND[torch.float32]
+
+
+@needs_native
+@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_native_parity(monkeypatch: pytest.MonkeyPatch, isa: str, bits: int, symmetric: bool) -> None:
+    if isa not in HERE:
+        pytest.skip(f"this machine has {', '.join(HERE)}")
+    monkeypatch.setenv("TRIMTAB_ISA", isa)
+    for width, group_size in SHAPES:
+        grid = make_grid(13, width, bits, group_size, symmetric=symmetric)
+        dense = native.dequantize_native(*grid.arguments(), **grid.options)
+        assert torch.equal(dense, grid.weight().float()), (width, group_size)
+        for rows in (1, 2, 3, 5, 8, 64, 65):
+            for dtype in DTYPES if rows in (1, 3, 8) else DTYPES[:2]:
+                x = inputs(rows, width, dtype)
+                found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+                assert found.dtype == dtype
+                error = relative_rms(found, exact(x, grid))
+                assert error <= RMS_BOUND[dtype], (width, group_size, rows, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_native_scale_dtypes_and_leading_axes(scale_dtype: torch.dtype, rows: int) -> None:
+    grid = make_grid(9, 192, 4, 64, symmetric=False, scale_dtype=scale_dtype)
+    x = inputs(2 * rows, 192, torch.float32).reshape(2, rows, 192)
+    found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+    assert found.shape == (2, rows, 9)
+    assert relative_rms(found, exact(x, grid)) <= RMS_BOUND[torch.float32]
+
+
+@needs_native
+@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_row_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype) -> None:
+    if isa not in HERE:
+        pytest.skip(f"this machine has {', '.join(HERE)}")
+    monkeypatch.setenv("TRIMTAB_ISA", isa)
+    for bits in (2, 3, 4, 8):
+        grid = make_grid(37, 704, bits, 64, symmetric=False)
+        x = inputs(15, 704, dtype)
+        together = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+        alone = torch.stack([native.grid_matmul_native(row, *grid.arguments(), **grid.options) for row in x])
+        assert torch.equal(together, alone), bits
+
+
+@needs_native
+def test_threads_do_not_change_results() -> None:
+    grid = make_grid(517, 704, 3, 64)
+    x = inputs(9, 704, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(native.grid_matmul_native(x, *grid.arguments(), **grid.options))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows(monkeypatch: pytest.MonkeyPatch, isa: str, bad: float) -> None:
+    if isa not in HERE:
+        pytest.skip(f"this machine has {', '.join(HERE)}")
+    monkeypatch.setenv("TRIMTAB_ISA", isa)
+    for width, position in ((1072, 3), (1072, 1071), (40, 39)):
+        for dtype in DTYPES[:2]:
+            grid = make_grid(5, width, 3, -1, symmetric=False)
+            x = inputs(3, width, dtype)
+            x[1, position] = bad
+            found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+            assert not torch.isfinite(found[1]).any()
+            assert torch.isfinite(found[[0, 2]]).all()
+
+
+@needs_native
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is filled with NaN, so an output that a kernel leaves out shows."""
+    plain = torch.empty
+
+    def poisoned(*shape: object, **options: object) -> torch.Tensor:
+        tensor = plain(*shape, **options)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for out, rows in ((1, 1), (3, 2), (7, 7), (33, 12), (9, 65)):
+        grid = make_grid(out, 100, 4, -1)
+        x = inputs(rows, 100, torch.float32)
+        found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+        assert relative_rms(found, exact(x, grid)) <= RMS_BOUND[torch.float32]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_parity_under_its_interpreter() -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET once."""
+    code = """
+import torch
+from conftest import inputs, make_grid, relative_rms
+from trimtab.kernels.bench import RMS_BOUND
+from trimtab.kernels.grid_matmul import grid_matmul
+cases = [(7, 7, 1, 2), (96, 48, 3, 3), (704, 64, 1, 4), (704, 64, 9, 3), (1000, -1, 2, 3), (80, 16, 17, 8)]
+for width, group_size, rows, bits in cases:
+    for symmetric in (True, False):
+        grid = make_grid(37, width, bits, group_size, symmetric=symmetric)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = inputs(rows, width, dtype)
+            found = grid_matmul(x, *grid.arguments(), **grid.options)
+            error = relative_rms(found, x.double() @ grid.weight().T)
+            assert error <= RMS_BOUND[dtype], (width, group_size, rows, bits, symmetric, dtype, error)
+"""
+    here = os.path.dirname(__file__)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRIMTAB_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([here, *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# Dispatch
+
+
+def _call(**changes: object) -> torch.Tensor:
+    grid = make_grid(4, 64, 4, 32)
+    given = {"x": inputs(1, 64, torch.float32), "packed": grid.packed, "scales": grid.scales, "zeros": None}
+    given |= grid.options | changes
+    return grid_matmul(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(1, 63)}, r"x ends in \[63\], .* in_features=64"),
+        ({"group_size": 48}, "group_size=48 does not divide in_features=64"),
+        ({"group_size": 64}, r"scales are \[4, 2\]; .* take \[4, 1\]"),
+        ({"bits": 8}, r"take uint8 \[out, 64\]"),
+        ({"bits": 5}, "bits=5"),
+        ({"zeros": torch.zeros(4, 2)}, "zeros are torch.float32"),
+        ({"zeros": torch.zeros(4, 1, dtype=torch.uint8)}, r"zeros are \[4, 1\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        _call(**changes)
+
+
+def test_forced_reference_and_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_KERNELS", "reference")
+    assert _call().shape == (1, 4)
+    monkeypatch.setenv("TRIMTAB_KERNELS", "nativ")
+    with pytest.raises(ConfigError, match="Did you mean 'native'"):
+        _call()
+
+
+@needs_native
+def test_forced_backend_fails_rather_than_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 64, dtype=torch.float64)
+    assert _call(x=x).dtype == torch.float64  # by choice: the reference
+    monkeypatch.setenv("TRIMTAB_KERNELS", "native")
+    with pytest.raises(KernelUnavailable, match="x is torch.float64"):
+        _call(x=x)
+    with pytest.raises(KernelUnavailable, match="a gradient is wanted"):
+        _call(x=torch.zeros(1, 64, requires_grad=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_forced_triton_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRIMTAB_KERNELS", "triton")
+    with pytest.raises(KernelUnavailable, match="no CUDA device"):
+        _call()
+
+
+@needs_native
+def test_instruction_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_ISA", "avx3")
+    with pytest.raises(ConfigError, match="Did you mean 'avx2'"):
+        _call()
+
+
+def test_gradients_come_from_the_reference() -> None:
+    x = inputs(2, 64, torch.float32).requires_grad_()
+    _call(x=x).sum().backward()
+    grid = make_grid(4, 64, 4, 32)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0], grid.weight().sum(0).float())
+
+
+def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    GRID_MATMUL._logged.clear()
+    with caplog.at_level(logging.INFO, logger="trimtab.kernels"):
+        _call()
+        _call()
+    assert len(caplog.messages) == len(set(caplog.messages)) > 0
+
+
+def test_without_the_library_the_reference_runs_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "_opened", lambda: (None, "the native library was not built"))
+    library.absent.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="trimtab.kernels"):
+            assert _call().shape == (1, 4)
+            _call()
+        assert sum("was not built" in message for message in caplog.messages) == 1
+        monkeypatch.setenv("TRIMTAB_KERNELS", "native")
+        with pytest.raises(KernelUnavailable, match="was not built"):
+            _call()
+    finally:
+        library.absent.cache_clear()
