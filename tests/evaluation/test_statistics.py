@@ -93,8 +93,8 @@ CASES = [mean_case, ratio_case, clustered_case, paired_case]
 
 @pytest.mark.parametrize("make", CASES)
 def test_coverage_quick(make) -> None:  # type: ignore[no-untyped-def]
-    # 1,000 runs: the standard deviation of the coverage is 0.7 %; four of them around 95 %.
-    assert 0.922 <= _coverage(1000, 1, make) <= 0.978
+    # 1,000 runs: the standard deviation of the coverage is 0.7 %; five of them around 95 %.
+    assert 0.915 <= _coverage(1000, 1, make) <= 0.985
 
 
 @pytest.mark.slow
@@ -112,6 +112,14 @@ def test_bootstrap_agrees_with_the_vectorised_ratio() -> None:
     assert slow.value == fast.value
     assert (slow.low, slow.high) == pytest.approx((fast.low, fast.high), abs=0.01)
     assert slow == statistics.bootstrap(lambda a, b: a.sum() / b.sum(), top, size, clusters=names)  # seeded
+
+
+def test_a_ratio_without_denominators_in_some_resamples_is_unbounded_above() -> None:
+    found = statistics.ratio_of_sums([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])
+    assert (found.value, found.high) == (2.0, math.inf)
+    assert found.to_dict()["high"] is None
+    with pytest.raises(DataError, match="sum to zero"):
+        statistics.ratio_of_sums([1.0], [0.0])
 
 
 def test_bootstrap_keeps_strata_sizes() -> None:
