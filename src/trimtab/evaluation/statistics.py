@@ -166,8 +166,8 @@ def bootstrap(
 
 def _percentiles(drawn: Array) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
-    method = "linear" if np.isfinite(drawn).all() else "inverted_cdf"  # nothing lies between a number and infinity
-    low, high = np.percentile(drawn, [tail, 100 - tail], method=method)
+    finite = bool(np.isfinite(drawn).all())  # nothing lies between a number and infinity
+    low, high = np.percentile(drawn, [tail, 100 - tail], method="linear" if finite else "inverted_cdf")
     return float(low), float(high)
 
 
