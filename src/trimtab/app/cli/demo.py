@@ -13,7 +13,7 @@ from trimtab.app.cli.options import Force, check_output
 from trimtab.app.cli.output import say, show
 
 EXAMPLES = ("trimtab demo", "trimtab demo -o my-demo")
-PROMPT = "It was a cold morning, and the old man"
+PROMPT = "The sun rose over the mountains, and"
 NEXT = (
     "trimtab compress ref --method gptq --set bits=4 -o ref-gptq4",
     'trimtab generate ref-gptq4 -p "Once upon a time"',
@@ -49,7 +49,7 @@ def run(
     for record in records:
         if record.config["bits"] in (None, 4, 2):
             show(f"[bold]{record.config['label']}[/bold]")
-            print(f"  {PROMPT}{record.metrics['samples'][0]['text']}\n")
+            print(f"  {PROMPT}{record.metrics['samples'][0]['text'].rstrip()}\n")
     show(
         f"Took {time.perf_counter() - started:.0f} s. With pictures and records: [bold]{out / 'report.html'}[/bold]",
         "",

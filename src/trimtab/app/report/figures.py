@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.app.report.rows import Interval, Row, pareto_front
 
-# Chosen to be told apart in light, in dark and with the common colour blindnesses (Okabe and Ito's set, adjusted).
+# Told apart with the common colour blindnesses (Okabe and Ito's set, adjusted); the page has a lighter set for dark.
 _COLOURS = ("#0a84c1", "#d9730d", "#159a76", "#b65fa0", "#a68a00", "#c0483b")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 # Stand-ins that are replaced by CSS after drawing, so that one picture serves light and dark.
@@ -97,4 +97,6 @@ def _inline(svg: str, description: str) -> str:
     body = re.sub(r'xlink:href="#', f'href="#{prefix}', body)
     body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body)
     body = body.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    for index, colour in enumerate(_COLOURS):
+        body = body.replace(colour, f"var(--series-{index})")
     return body.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
