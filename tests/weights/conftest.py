@@ -12,12 +12,12 @@ from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.statistics import Stats
 from trimtab.models.views import LinearView
 
+from .kill_server import small_calibration
+
 
 @pytest.fixture(scope="session")
 def calibration() -> CalibrationSet:
-    """8 sequences of 24 tokens for the random models (131 tokens)."""
-    tokens = torch.randint(3, 131, (8, 24), generator=torch.Generator().manual_seed(7))
-    return CalibrationSet.from_tokens(tokens, source="random tokens")
+    return small_calibration()
 
 
 @pytest.fixture(scope="session")
