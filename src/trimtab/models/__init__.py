@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimtab.models.calibration_set import CalibrationSet as CalibrationSet
     from trimtab.models.compressed_linear import CompressedLinear as CompressedLinear
     from trimtab.models.counting import ledger_of as ledger_of
     from trimtab.models.info import ModelInfo as ModelInfo
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.models.views import ModelView as ModelView
 
 __all__ = [
+    "CalibrationSet",
     "CompressedLinear",
     "ModelInfo",
     "ModelView",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CalibrationSet": "calibration_set",
     "CompressedLinear": "compressed_linear",
     "ModelInfo": "info",
     "ModelView": "views",

@@ -19,11 +19,15 @@ if TYPE_CHECKING:  # the quantizer imports this module while transformers is sti
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+UNNAMED = "a model in memory"
+"""The source of a model that was built and not loaded."""
+
+
 @dataclass
 class ModelInfo:
     """The attribute `trimtab` of a loaded model.
 
-    source           what it was loaded from, as given
+    source           what it was loaded from, as given; UNNAMED if it was built in memory
     tokenizer        its tokenizer, None if the source has none
     recipe           what was done to the weights, None if nothing was
     record           the run that did it
@@ -41,7 +45,7 @@ def info_of(model: PreTrainedModel) -> ModelInfo:
     """The model's `trimtab` attribute; made, and attached, for a model that was not loaded by trimtab."""
     info = getattr(model, "trimtab", None)
     if not isinstance(info, ModelInfo):
-        source = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+        source = str(getattr(model.config, "name_or_path", "")) or UNNAMED
         info = ModelInfo(source, None, None, None, uncompressed_bytes(model))
         attach(model, info)
     return info
@@ -55,11 +59,11 @@ def attach(model: PreTrainedModel, info: ModelInfo) -> None:
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ConfigError if it came without one."""
     info = info_of(model)
-    if info.tokenizer is None:
+    if info.tokenizer is None and info.source != UNNAMED:
         info.tokenizer = find_tokenizer(info.source)
     if info.tokenizer is None:
         raise ConfigError(
-            f"the model from '{info.source}' has no tokenizer. Load a directory with tokenizer files, or set "
+            f"no tokenizer is known for {info.source}. Load a directory with tokenizer files, or set "
             "model.trimtab.tokenizer."
         )
     return info.tokenizer
