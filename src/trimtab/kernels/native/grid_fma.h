@@ -130,6 +130,7 @@ constexpr Kernels fma_kernels(const char* name) {
   fill(std::integral_constant<int, 8>{});
   kernels.halves_to_floats = V::halves_to_floats;
   kernels.bytes_to_floats = V::bytes_to_floats;
+  kernels.floats_to_bfloats = floats_to_bfloats;
   kernels.group_sums = nullptr;
   kernels.read_all = V::read_all;
   return kernels;

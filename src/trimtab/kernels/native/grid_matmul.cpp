@@ -282,8 +282,10 @@ extern "C" int32_t tt_grid_dequantize(const tt_grid_problem* problem, const void
         float* to = p.x_dtype == kFloat32 ? static_cast<float*>(out) + row * n : values;
         kernels->rows[bits_index(p.bits)](plan, static_cast<const uint8_t*>(packed) + row * bytes,
                                           scratch.parameters.data(), zero, to);
-        if (p.x_dtype != kFloat32) {
-          for (int64_t i = 0; i < n; ++i) store_float(p.x_dtype, out, row * n + i, values[i]);
+        if (p.x_dtype == kBfloat16) {
+          kernels->floats_to_bfloats(values, static_cast<uint16_t*>(out) + row * n, n);
+        } else if (p.x_dtype == kFloat16) {
+          for (int64_t i = 0; i < n; ++i) store_float(kFloat16, out, row * n + i, values[i]);
         }
       }
     });

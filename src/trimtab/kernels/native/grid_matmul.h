@@ -72,6 +72,7 @@ struct Kernels {
   RowDecoder rows[4];                       // [bits]; null with bfloat16 inputs
   void (*halves_to_floats)(const uint16_t*, float*, int64_t);
   void (*bytes_to_floats)(const uint8_t*, float*, int64_t);
+  void (*floats_to_bfloats)(const float*, uint16_t*, int64_t);  // null with bfloat16 inputs
   void (*group_sums)(const uint16_t* x, int64_t group, int64_t groups, float* sums);
   uint64_t (*read_all)(const uint8_t*, int64_t bytes);
 };

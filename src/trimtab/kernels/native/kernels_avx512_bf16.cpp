@@ -11,7 +11,7 @@
 namespace trimtab {
 namespace {
 
-constexpr int kRows[kWidthCount] = {4, 4, 2, 1};
+constexpr int kRows[kWidthCount] = {4, 4, 4, 2};
 
 inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -169,6 +169,7 @@ constexpr Kernels make_kernels() {
   fill(std::integral_constant<int, 8>{});
   kernels.halves_to_floats = Avx512::halves_to_floats;
   kernels.bytes_to_floats = Avx512::bytes_to_floats;
+  kernels.floats_to_bfloats = nullptr;
   kernels.group_sums = group_sums;
   kernels.read_all = Avx512::read_all;
   return kernels;

@@ -39,8 +39,12 @@ inline float bfloat16_to_float(uint16_t value) { return bits_to_float(uint32_t(v
 
 inline uint16_t float_to_bfloat16(float value) {  // to nearest even
   const uint32_t bits = float_to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);  // no branch, so that loops vectorise
+}
+
+inline void floats_to_bfloats(const float* in, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat16(in[i]);
 }
 
 inline float half_to_float(uint16_t half) {
