@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,6 +37,20 @@ def fixed_seeds() -> None:
 
         numpy.random.seed(0)
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test, and so no function of ours, leaves torch in another mode than it found it in."""
+    import sys
+
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        assert torch.is_grad_enabled(), "gradients are left disabled"
+        assert not torch.is_inference_mode_enabled(), "inference mode is left on"
+        assert torch.get_default_dtype() == torch.float32, f"the default dtype is left at {torch.get_default_dtype()}"
 
 
 @pytest.fixture(scope="session")

@@ -94,10 +94,12 @@ def _read(model: PreTrainedModel, tokens: Tensor, description: str) -> Iterator[
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     groups = torch.split(tokens, size)
-    with inference(model), progress(description, len(groups)) as advance:
+    with progress(description, len(groups)) as advance:
         for group in groups:
-            logits = model(input_ids=group[:, :-1].to(model.device), **options).logits.float()
-            log_probs = logits.log_softmax(dim=-1).cpu()
+            # not around the loop: two of these run in turn, and the mode that the second leaves would outlive both
+            with inference(model):
+                logits = model(input_ids=group[:, :-1].to(model.device), **options).logits.float()
+                log_probs = logits.log_softmax(dim=-1).cpu()
             if not bool(torch.isfinite(log_probs).all()):
                 raise NumericsError(f"{type(model).__name__} gives NaN or infinite log-probabilities.")
             yield log_probs
