@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.core.errors import ConfigError
-from trimtab.tensors.packing import BITS, pack, packed_bytes, unpack
+from trimtab.kernels.packing import BITS, pack, packed_bytes, unpack
 
 WORD_BYTES = {2: 2, 3: 6, 4: 2, 8: 2}  # bytes of one lane
 
