@@ -72,7 +72,7 @@ check: $(VENV)/.installed-dev
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/repo
 
 bench: $(VENV)/.installed
-	@$(BIN)/python scripts/record_results.py kernels
+	@$(BIN)/python -m trimtab.kernels.bench --out benchmarks/results
 
 claims: $(VENV)/.installed
 	@$(BIN)/python scripts/record_results.py claims

@@ -1,9 +1,8 @@
-"""Measure and keep the result: run one measurement and write benchmarks/results/THEME_MACHINE_DATE.json.
+"""Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
-    python scripts/record_results.py kernels    the kernel benchmarks
 
 Result files are added and not edited; a second run on the same day and machine replaces that day's file.
 """
@@ -52,12 +51,6 @@ def claims() -> tuple[dict[str, Any], int]:
     return {"verdicts": verdicts}, status
 
 
-def kernels() -> tuple[dict[str, Any], int]:
-    """All kernel benchmarks."""
-    entries, status = trimtab("bench", "--json")
-    return {"entries": entries}, status
-
-
 def evaluate() -> tuple[dict[str, Any], int]:
     """All tasks on both reference models."""
     return {"models": {name: trimtab("evaluate", name, "--json")[0] for name in ("ref", "ref-mini")}}, 0
@@ -67,14 +60,13 @@ THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {
     "compare": compare,
     "claims": claims,
     "evaluate": evaluate,
-    "kernels": kernels,
 }
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """A short name for file names, from the processor and the number of cores: `xeon-platinum-8481c-2`."""
-    words = re.sub(r"\(r\)|\(tm\)|@.*|\bcpu\b|\bprocessor\b|\bintel\b", " ", machine["cpu"].lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", words), str(machine["cores"])])
+    """Processor and number of cores as part of a file name: `amd-epyc-2-cores`, as the kernel benchmark has it."""
+    processor = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
+    return f"{processor}-{machine['cores']}-cores"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         "versions": record.versions,
         **measured,
     }
-    path = RESULTS / f"{arguments[0]}_{machine_name(record.machine)}_{record.started[:10]}.json"
+    path = RESULTS / f"{arguments[0]}-{machine_name(record.machine)}-{record.started[:10]}.json"
     write_text_atomically(path, json.dumps(document, indent=1) + "\n")
     print(path)
     return status

@@ -3,8 +3,9 @@
     python scripts/results_tables.py            rewrite the tables
     python scripts/results_tables.py --check    exit with status 1 if a table is not what its result file says
 
-A table stands between `<!-- results: THEME [METHOD] -->` and `<!-- end results -->`. It is drawn from the newest file
-`benchmarks/results/THEME_MACHINE_DATE.json` (record_results.py writes them).
+A table stands between `<!-- results: THEME [CHOICE] -->` and `<!-- end results -->`. It is drawn from the newest file
+`benchmarks/results/THEME-MACHINE-DATE.json`, which `make results`, `make claims` and `make bench` write. The choice is
+a method, or `batch-1` for kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trimtab.core.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- results: (\w+)(?: ([\w-]+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results: ([\w-]+)(?: ([\w-]+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
 
 Document = Mapping[str, Any]
 
@@ -34,13 +35,12 @@ def documents_with_tables() -> list[Path]:
 
 
 def newest(theme: str) -> Document | None:
-    """The newest committed result of a theme, by the date in its name."""
-    files = sorted(RESULTS.glob(f"{theme}_*.json"), key=lambda file: file.stem.rpartition("_")[2])
+    """The newest committed result of a theme, by the date in its name, with the date and its path added."""
+    files = sorted(RESULTS.glob(f"{theme}-*.json"), key=lambda file: file.stem[-10:])
     if not files:
         return None
     document: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-    document["file"] = files[-1].relative_to(ROOT).as_posix()
-    return document
+    return {**document, "date": files[-1].stem[-10:], "file": files[-1].relative_to(ROOT).as_posix()}
 
 
 def compare_table(document: Document, method: str | None) -> str:
@@ -99,28 +99,25 @@ def _figures(numbers: Mapping[str, float]) -> str:
     return "<br>".join(f"{name.replace('_', ' ')} {text.number(value)}" for name, value in numbers.items())
 
 
-def kernels_table(document: Document, _: str | None) -> str:
-    """Entries of `trimtab bench`, one row per system and setting."""
+def grid_matmul_table(document: Document, batch: str | None) -> str:
+    """The product with packed weights, beside torch's on the same shape; `batch-1` shows that batch only."""
     entries = document["entries"]
-    figures = list(dict.fromkeys(k for e in entries for k in e if k not in ("bench", "system", "setting")))
-    columns = ["operation", "system", "setting", *(figure.replace("_", " ") for figure in figures)]
+    if batch:
+        entries = [e for e in entries if f"{batch.replace('-', ' ')}," in f"{e['setting']},"]
+    torch_ms = {e["setting"]: e["decode_ms_median"] for e in entries if "torch" in e["system"]}
+    columns = ["product", "system", "ms", "times torch's speed", "GB/s of weights", "share of the memory bandwidth"]
     rows = [
-        [e["bench"], e["system"], _setting(e["setting"]), *(_figure(e.get(figure)) for figure in figures)]
+        [
+            e["setting"],
+            e["system"],
+            text.number(e["decode_ms_median"]),
+            text.number(torch_ms[e["setting"]] / e["decode_ms_median"]) if e["setting"] in torch_ms else text.NOTHING,
+            text.number(e["read_gbps_median"]),
+            f"{e['bandwidth_share']:.0%}",
+        ]
         for e in entries
     ]
-    return f"{markdown(columns, rows)}\n\n{source_line(document)}"
-
-
-def _setting(setting: object) -> str:
-    if isinstance(setting, Mapping):
-        return ", ".join(f"{name} {value}" for name, value in setting.items())
-    return str(setting)
-
-
-def _figure(value: object) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return text.number(float(value))
-    return text.NOTHING if value is None else str(value)
+    return f"{markdown(columns, rows)}\n\n{source_line(document, 'Medians.')}" if rows else ""
 
 
 def evaluate_table(document: Document, _: str | None) -> str:
@@ -143,7 +140,7 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "compare": compare_table,
     "claims": claims_table,
     "evaluate": evaluate_table,
-    "kernels": kernels_table,
+    "grid-matmul": grid_matmul_table,
 }
 
 
@@ -156,7 +153,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def source_line(document: Document, note: str = "") -> str:
     """Where the numbers come from."""
     machine, versions = document["machine"], document["versions"]
-    place = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, {document['started'][:10]}"
+    place = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, {document['date']}"
     return f"{note} {place}; `{document['file']}`.".strip()
 
 

@@ -54,16 +54,15 @@ def test_every_mark_is_closed(tables: ModuleType) -> None:
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_results_say_where_they_come_from(path: Path) -> None:
-    assert re.fullmatch(r"[a-z]\w*_[a-z0-9-]+_\d{4}-\d{2}-\d{2}", path.stem), "THEME_MACHINE_DATE.json"
+    assert re.fullmatch(r"[a-z0-9-]+-\d+-cores-\d{4}-\d{2}-\d{2}", path.stem), "THEME-MACHINE-DATE.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert {"started", "machine", "versions"} <= set(document)
-    assert document["started"].startswith(path.stem.rpartition("_")[2])
+    assert {"machine", "versions"} <= set(document)
 
 
-def test_names_of_machines_are_short(tables: ModuleType) -> None:
+def test_names_of_machines_fit_file_names() -> None:
     name = script("record_results").machine_name
-    assert name({"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cores": 2}) == "xeon-platinum-8481c-2"
-    assert name({"cpu": "AMD EPYC", "cores": 16}) == "amd-epyc-16"
+    assert name({"cpu": "Intel(R) Xeon(R) CPU @ 2.70GHz", "cores": 2}) == "intel-r-xeon-r-cpu-2-70ghz-2-cores"
+    assert name({"cpu": "AMD EPYC", "cores": 16}) == "amd-epyc-16-cores"
 
 
 def _record(label: str, method: str | None) -> dict[str, object]:
@@ -78,10 +77,10 @@ def _record(label: str, method: str | None) -> dict[str, object]:
 
 
 DOCUMENT = {
-    "started": "2026-01-02T03:04:05+00:00",
+    "date": "2026-01-02",
     "machine": {"cpu": "A Processor", "cores": 2},
     "versions": {"torch": "2.13.0"},
-    "file": "benchmarks/results/x_y_2026-01-02.json",
+    "file": "benchmarks/results/x-y-2-cores-2026-01-02.json",
 }
 
 
@@ -104,10 +103,15 @@ def test_claims_table_shows_what_does_not_hold(tables: ModuleType) -> None:
     assert "| A \\| B | kl nats 0.5 |  | does not hold here |" in drawn
 
 
-def test_kernels_table(tables: ModuleType) -> None:
-    entry = {"bench": "grid_matmul", "system": "native", "setting": {"bits": 4}, "decode_ms_median": 0.25}
-    drawn = tables.kernels_table({**DOCUMENT, "entries": [entry]}, None)
-    assert "| grid_matmul | native | bits 4 | 0.25 |" in drawn
+def test_grid_matmul_table(tables: ModuleType) -> None:
+    def entry(system: str, batch: int, ms: float) -> dict[str, object]:
+        figures = {"decode_ms_median": ms, "read_gbps_median": 30.0, "bandwidth_share": 0.75}
+        return {"system": system, "setting": f"8x8, batch {batch}, group 64", **figures}
+
+    entries = [entry("torch", 1, 6.0), entry("native, 4 bits", 1, 2.0), entry("native, 4 bits", 16, 9.0)]
+    drawn = tables.grid_matmul_table({**DOCUMENT, "entries": entries}, "batch-1")
+    assert "| 8x8, batch 1, group 64 | native, 4 bits | 2 | 3 | 30 | 75% |" in drawn
+    assert "batch 16" not in drawn
 
 
 def test_evaluate_table(tables: ModuleType) -> None:
