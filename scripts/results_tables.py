@@ -96,7 +96,8 @@ def claims_table(document: Document, method: str | None) -> str:
 
 
 def _figures(numbers: Mapping[str, float]) -> str:
-    return "<br>".join(f"{name.replace('_', ' ')} {text.number(value)}" for name, value in numbers.items())
+    shown = {name: text.size(v) if name.startswith("bytes") else text.number(v) for name, v in numbers.items()}
+    return "<br>".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 def grid_matmul_table(document: Document, batch: str | None) -> str:
