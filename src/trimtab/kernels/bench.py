@@ -181,6 +181,7 @@ def _markdown(facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, write the result files, print their names."""
     parser = argparse.ArgumentParser(prog="python -m trimtab.kernels.bench", description="Measure the kernels.")
     parser.add_argument("name", nargs="?", help="one benchmark; without it, all")
     parser.add_argument("--out", default="benchmarks/results", help="directory for the results")

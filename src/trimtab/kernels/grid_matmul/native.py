@@ -45,6 +45,7 @@ def refuses(
 def grid_matmul_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int, in_features: int
 ) -> Tensor:
+    """`grid_matmul` in C++, on the CPU, for input that `refuses` has no objection to."""
     out_features = packed.shape[0]
     out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     rows = x.numel() // in_features

@@ -55,6 +55,7 @@ def refuses(
 def grid_matmul_triton(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int, in_features: int
 ) -> Tensor:
+    """`grid_matmul` in Triton, for input that `refuses` has no objection to."""
     from trimtab.kernels.grid_matmul.triton_program import grid_matmul_program
 
     out_features, groups = packed.shape[0], scales.shape[1]
