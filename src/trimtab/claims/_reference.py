@@ -69,7 +69,9 @@ def measured(method: WeightMethod, outliers: Kind | None = None, seed: int = 0) 
     assert record is not None
     errors = [float(entry["relative_weight_error"]) for entry in record.changed]
     moved = divergence(model, predictions())
-    ledger = ledger_of(model.to(torch.bfloat16))  # the embedding as it ships; nobody computes with this model any more
+    ledger = ledger_of(
+        torch.nn.Module.bfloat16(model)
+    )  # the embedding as it ships; nobody computes with this model any more
     return Measured(
         divergence=moved,
         bytes_at_rest=ledger.bytes_at_rest,
