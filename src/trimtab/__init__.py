@@ -11,9 +11,9 @@ checkpoint format, so that `AutoModelForCausalLM.from_pretrained` reads a trimta
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trimtab.core.lazy import lazy_exports
 from trimtab.models.registration import register_when_transformers_loads
 
 if TYPE_CHECKING:
@@ -27,26 +27,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "load": "trimtab.models",
-    "save": "trimtab.models",
-    "ModelView": "trimtab.models",
-    "compress": "trimtab.weights",
-    "evaluate": "trimtab.evaluation",
-    "Recipe": "trimtab.core.recipe",
-}
-_ROOMS = ("weights",)
-
 register_when_transformers_loads()
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"trimtab.{name}")
-    raise AttributeError(f"module 'trimtab' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, *_ROOMS])
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "load": "models",
+        "save": "models",
+        "ModelView": "models",
+        "compress": "weights",
+        "evaluate": "evaluation",
+        "Recipe": "core.recipe",
+        "weights": "weights",
+    },
+)

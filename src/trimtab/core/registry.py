@@ -88,5 +88,5 @@ def method_class(name: str) -> type:
 
 
 def room_exports(room: str) -> dict[str, str]:
-    """Class name -> module of the methods in a room: what `trimtab.<room>.<Class>` resolves lazily."""
-    return {info.class_name: info.module for info in methods().values() if info.room == room}
+    """Class name -> module of the methods in a room, which `trimtab.<room>.<Class>` imports on first use."""
+    return {info.class_name: info.name for info in methods().values() if info.room == room}

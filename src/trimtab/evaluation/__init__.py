@@ -5,8 +5,9 @@ Names are imported on first use, so that listing tasks needs no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from trimtab.evaluation._evaluate import evaluate as evaluate
@@ -21,26 +22,19 @@ if TYPE_CHECKING:
     from trimtab.evaluation.tasks import task as task
     from trimtab.evaluation.tasks import task_names as task_names
 
-_LAZY = {
-    "Divergence": "kl",
-    "LocalClient": "client",
-    "NextTokens": "kl",
-    "compare": "comparison",
-    "divergence": "kl",
-    "evaluate": "_evaluate",
-    "fidelity": "kl",
-    "inject_outliers": "outliers",
-    "task": "tasks",
-    "task_names": "tasks",
-    "to_json": "_evaluate",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"trimtab.evaluation.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'trimtab.evaluation' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Divergence": "kl",
+        "LocalClient": "client",
+        "NextTokens": "kl",
+        "compare": "comparison",
+        "divergence": "kl",
+        "evaluate": "_evaluate",
+        "fidelity": "kl",
+        "inject_outliers": "outliers",
+        "task": "tasks",
+        "task_names": "tasks",
+        "to_json": "_evaluate",
+    },
+)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from trimtab.models.calibration_set import CalibrationSet as CalibrationSet
@@ -30,26 +31,18 @@ __all__ = [
     "tokenizer_of",
 ]
 
-_LAZY = {
-    "CalibrationSet": "calibration_set",
-    "CompressedLinear": "compressed_linear",
-    "ModelInfo": "info",
-    "ModelView": "views",
-    "info_of": "info",
-    "ledger_of": "counting",
-    "load": "loading",
-    "random_model": "random",
-    "save": "saving",
-    "tokenizer_of": "info",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # `import trimtab` imports this package for registration.py, so nothing here may import torch beforehand
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"trimtab.models.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'trimtab.models' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "CalibrationSet": "calibration_set",
+        "CompressedLinear": "compressed_linear",
+        "ModelInfo": "info",
+        "ModelView": "views",
+        "info_of": "info",
+        "ledger_of": "counting",
+        "load": "loading",
+        "random_model": "random",
+        "save": "saving",
+        "tokenizer_of": "info",
+    },
+)

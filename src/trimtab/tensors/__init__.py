@@ -5,8 +5,9 @@ Read base.py first, then grid.py for the most used part and compressed.py for th
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from trimtab.tensors.base import Part as Part
@@ -20,26 +21,18 @@ if TYPE_CHECKING:
     from trimtab.tensors.rotation import Rotation as Rotation
     from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
 
-# Lazy: `import trimtab.tensors` costs nothing until a part is used.
-_MODULES = {
-    "Part": "base",
-    "CompressedTensor": "compressed",
-    "ClipSearch": "grid",
-    "GridFormat": "grid",
-    "GroupGrid": "grid",
-    "LowRank": "low_rank",
-    "svd": "low_rank",
-    "Metric": "metric",
-    "Rotation": "rotation",
-    "SparseOutliers": "sparse",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"trimtab.tensors.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'trimtab.tensors' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted(_MODULES)
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Part": "base",
+        "CompressedTensor": "compressed",
+        "ClipSearch": "grid",
+        "GridFormat": "grid",
+        "GroupGrid": "grid",
+        "LowRank": "low_rank",
+        "svd": "low_rank",
+        "Metric": "metric",
+        "Rotation": "rotation",
+        "SparseOutliers": "sparse",
+    },
+)
