@@ -43,9 +43,9 @@ def run(
     methods: Annotated[
         str, typer.Option(help="Names separated by commas, as trimtab list has them.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory for report.html and the run records.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report.html and the run records.")] = Path(
+        "trimtab-comparison"
+    ),
     bits: Annotated[
         str | None, typer.Option(help="Bits to try with each method, such as 2,3,4.", show_default="each method's own")
     ] = None,
