@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from trimtab.models.statistics import Stats
 from trimtab.models.views import LinearView
-from trimtab.tensors.grid import GroupGrid
+from trimtab.tensors import grid_search
+from trimtab.tensors.grid import GridFormat, GroupGrid, grid_parameters, quantize_codes
+from trimtab.tensors.grid_search import range_parameters
+from trimtab.weights import rtn
 from trimtab.weights.rtn import Rtn
 
 from .conftest import stats_of
@@ -41,6 +45,13 @@ def steps(grid: GroupGrid) -> Tensor:
     return grid.scales.float().repeat_interleave(grid.in_features // grid.scales.shape[1], dim=1)
 
 
+def within_half_a_step(grid: GroupGrid, weight: Tensor) -> bool:
+    """Whether every weight with a code that is not at an end is at most half a step off."""
+    codes = grid.codes()
+    inside = (codes > 0) & (codes < grid.format.levels - 1)
+    return bool(((grid.dequantize() - weight).abs() <= steps(grid) / 2 * (1 + 1e-5))[inside].all())
+
+
 @given(options=formats, seed=st.integers(0, 50))
 def test_compressing_the_result_again_changes_nothing(linear_of: Make, options: dict, seed: int) -> None:
     """Idempotent where the full range is used: the second grid is the first."""
@@ -56,10 +67,8 @@ def test_compressing_the_result_again_changes_nothing(linear_of: Make, options: 
 def test_error_is_at_most_half_a_step_inside_the_range(linear_of: Make, options: dict, seed: int) -> None:
     weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed))
     grid = grid_of(linear_of(weight), Rtn(**options))
-    step, codes = steps(grid), grid.codes()
-    inside = (codes > 0) & (codes < grid.format.levels - 1)
-    error = (grid.dequantize() - weight).abs()
-    assert bool((error <= step / 2 * (1 + 1e-5))[inside].all())
+    assert within_half_a_step(grid, weight)
+    step, error = steps(grid), (grid.dequantize() - weight).abs()
     # at the ends: the stored scale may be a rounding too small, and a symmetric maximum clips by half a step
     assert bool((error <= step * (1.01 if options["symmetric"] else 0.51) + 0.01 * weight.abs()).all())
 
@@ -157,3 +166,58 @@ def test_golden_errors(linear_of: Make, options: dict, expected: float) -> None:
     weight = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
     error = grid_of(linear_of(weight), Rtn(**options)).dequantize() - weight
     assert float(error.square().sum() / weight.square().sum()) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_the_nearest_on_the_stored_grid(linear_of: Make, bits: int) -> None:
+    """Scales are rounded to the dtype in which they are stored before codes are computed."""
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    grid = grid_of(linear_of(weight), Rtn(bits=bits, scale_dtype="bfloat16"))
+    assert torch.equal(grid.project(weight).codes(), grid.codes())
+
+
+# Broken variants: each of the checks above notices one.
+
+
+def test_half_a_step_notices_truncation(linear_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def truncated(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat) -> Tensor:
+        return quantize_codes(weight - 0.5 * scales.float().repeat_interleave(16, dim=1), scales, zeros, fmt)
+
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    assert within_half_a_step(grid_of(linear_of(weight), Rtn(bits=4, group_size=16)), weight)
+    monkeypatch.setattr(rtn, "quantize_codes", truncated)
+    assert not within_half_a_step(grid_of(linear_of(weight), Rtn(bits=4, group_size=16)), weight)
+
+
+def test_the_stored_grid_notices_scales_rounded_afterwards(linear_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def early(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat) -> Tensor:
+        unrounded, _ = grid_parameters(weight, replace(fmt, scale_dtype="float32"))
+        return quantize_codes(weight, unrounded, zeros, fmt)
+
+    monkeypatch.setattr(rtn, "quantize_codes", early)
+    with pytest.raises(AssertionError):
+        test_codes_are_the_nearest_on_the_stored_grid(linear_of, 8)
+
+
+@pytest.mark.parametrize("check", [test_symmetric_formula, test_asymmetric_formula_forces_zero_into_the_range])
+def test_the_formulas_notice_another_number_of_steps(
+    linear_of: Make, monkeypatch: pytest.MonkeyPatch, check: Callable[[Make, int], None]
+) -> None:
+    """2^b steps, or a symmetric maximum on code 7 of 4 bits (divisor 7 and not 7.5), are another grid."""
+
+    def one_step_fewer(low: Tensor, high: Tensor, fmt: GridFormat) -> tuple[Tensor, Tensor | None]:
+        scales, zeros = range_parameters(low, high, fmt)
+        return scales * (fmt.levels - 1) / (fmt.levels - 2), zeros
+
+    monkeypatch.setattr(grid_search, "range_parameters", one_step_fewer)
+    with pytest.raises(AssertionError):
+        check(linear_of, 4)
+
+
+def test_the_formula_notices_a_range_without_zero(linear_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_zero(values: Tensor, fmt: GridFormat, *search: object) -> tuple[Tensor, Tensor | None]:
+        return range_parameters(values.amin(dim=1), values.amax(dim=1), fmt)
+
+    monkeypatch.setattr(grid_search, "group_parameters", without_zero)
+    with pytest.raises(AssertionError):
+        test_asymmetric_formula_forces_zero_into_the_range(linear_of, 4)
