@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.core.ledger import Ledger, LedgerEntry
-from trimtab.core.progress import track
+from trimtab.core.progress import progress
 from trimtab.core.run_record import RunRecord
 
 
@@ -47,6 +47,8 @@ def test_ledger_fractions() -> None:
 
 
 def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(range(3), "working", 3)) == [0, 1, 2]
+    with progress("working", 3) as advance:
+        for _ in range(3):
+            advance("")
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

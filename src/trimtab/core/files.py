@@ -1,4 +1,4 @@
-"""Writing that never destroys: a temporary name first, then one rename."""
+"""Reading what users give, and writing that never destroys: a temporary name first, then one rename."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.core.errors import OutputError
+from trimtab.core.errors import DataError, OutputError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -27,6 +27,23 @@ def _digest(handle: object) -> str:
     while chunk := handle.read(1 << 20):  # type: ignore[attr-defined]
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_user_text(path: str | Path) -> str:
+    """A text file that a user gave, with its line ends as they are. Raises DataError: missing, not UTF-8, or empty."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"text {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
+            "Convert it, for example with iconv."
+        ) from None
+    except OSError as error:
+        raise DataError(f"text {path} cannot be read: {error.strerror or error}.") from None
+    if not text.strip():
+        raise DataError(f"text {path} is empty.")
+    return text
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
-T = TypeVar("T")
 SHOW_AFTER_SECONDS = 2.0
 
 
@@ -45,11 +43,3 @@ def progress(description: str, total: int) -> Iterator[Callable[[str], None]]:
     finally:
         if bar.live.is_started:
             bar.stop()
-
-
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Iterate with a progress bar."""
-    with progress(description, total) as advance:
-        for item in items:
-            yield item
-            advance("")

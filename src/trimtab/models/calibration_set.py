@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import DataError
+from trimtab.core.files import read_user_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,19 +125,7 @@ def _read(text_or_path: str | Path | None) -> tuple[str, str]:
         if not text_or_path.strip():
             raise DataError("the calibration text is empty.")
         return text_or_path, f"{text_or_path[:30]!r}..." if len(text_or_path) > 30 else repr(text_or_path)
-    path = Path(text_or_path)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"calibration text {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
-            "Convert it, for example with iconv."
-        ) from None
-    except OSError as error:
-        raise DataError(f"calibration text {path} cannot be read: {error.strerror or error}.") from None
-    if not text.strip():
-        raise DataError(f"calibration text {path} is empty.")
-    return text, str(path)
+    return read_user_text(text_or_path), str(text_or_path)
 
 
 def _is_file(name: str) -> bool:

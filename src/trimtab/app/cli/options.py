@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.core.errors import ConfigError, DataError, OutputError
-from trimtab.core.files import refuse_occupied
+from trimtab.core.errors import ConfigError, OutputError
+from trimtab.core.files import read_user_text, refuse_occupied
 
 Model = Annotated[
     str,
@@ -85,16 +85,8 @@ def typed_settings(method: type, settings: dict[str, str]) -> dict[str, Any]:
 
 def check_text(file: Path | None) -> None:
     """Raise DataError if a text file was given that is missing, empty or not UTF-8: before a model is loaded."""
-    if file is None:
-        return
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"text {file} is not UTF-8 (byte {error.start} cannot be read). Convert it first.") from None
-    except OSError as error:
-        raise DataError(f"text {file} cannot be read: {error.strerror}.") from None
-    if not text.strip():
-        raise DataError(f"text {file} is empty.")
+    if file is not None:
+        read_user_text(file)
 
 
 def check_output(path: Path, force: bool, *, holds: str) -> None:

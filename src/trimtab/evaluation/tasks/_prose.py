@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from trimtab.core.errors import DataError
+from trimtab.core.files import read_user_text
 
 PIECE_CHARACTERS = 2048
 
@@ -25,17 +26,8 @@ def held_out_prose() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, such as WikiText's. Raises DataError if it is missing, empty, or not UTF-8."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Convert it first, e.g. with iconv.") from None
-    except OSError as error:
-        raise DataError(f"text {path} cannot be read: {error.strerror or error}.") from None
-    if not text.strip():
-        raise DataError(f"text {path} is empty; there is nothing to evaluate on.")
-    return text
+    """A UTF-8 file, such as WikiText's, its lines ended by "\\n". Raises DataError: missing, empty, or not UTF-8."""
+    return read_user_text(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def pieces(text: str, characters: int = PIECE_CHARACTERS) -> list[str]:
