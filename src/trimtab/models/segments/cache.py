@@ -1,0 +1,214 @@
+"""SegmentCache: a transformers cache that keeps its history encoded, and can be rolled back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from typing_extensions import Self
+
+from trimtab.core.errors import CompositionError, ConfigError, DataError
+from trimtab.models.attention import BACKEND, use_backend
+from trimtab.models.segments.layer import SegmentLayer
+from trimtab.models.segments.pivots import watch_inputs
+from trimtab.models.segments.plan import CachePlan
+from trimtab.models.segments.rope import RopeSource
+from trimtab.models.views import ModelView
+
+
+class SegmentCache(Cache):
+    """Keys and values of a text as segments: sinks, encoded history, a filling block, a window of exact tokens.
+
+    Use it as any transformers cache: `model(ids, past_key_values=cache)`, `model.generate(..., past_key_values=cache)`,
+    beam search and padded batches included. Padding is never stored; each row has its own length.
+
+    Making one sets the model's attention implementation to "trimtab", which attends to the encoded history as it is
+    and computes what transformers does for everything else. With another implementation the cache hands out decoded
+    tensors: the same results, slowly.
+
+    Transactions: after `begin()`, new tokens are drafts, which later queries see as their mask says; `commit(chosen)`
+    keeps some of them, `rollback()` none. Encoded tokens never change, so `fork()` shares them.
+
+    key_bias   layer -> float32 [R, Hq, n]: added to the attention scores of the n oldest keys held
+
+    Raises ConfigError if the plan does not fit the model, TargetError for an unknown family or one without the rotary
+    positions that the plan needs.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: CachePlan) -> None:
+        view = ModelView.of(model)
+        heads = [block.attention.num_kv_heads for block in view.blocks]
+        plan.check(len(view.blocks), heads, [block.attention.head_dim for block in view.blocks])
+        self.plan = plan
+        self.rope_positions = plan.needs_rope
+        self.key_bias: dict[int, Tensor] = {}
+        self._model = weakref.ref(model)
+        self._limit = _position_limit(model, plan)
+        use_backend(model)
+        layers = [
+            SegmentLayer(self, index, groups, RopeSource(model, index) if self.rope_positions else None)
+            for index, groups in enumerate(plan.layers)
+        ]
+        super().__init__(layers=list(layers))
+        if any(group.pivots for groups in plan.layers for group in groups):
+            watch_inputs(model)
+
+    @property
+    def segment_layers(self) -> list[SegmentLayer]:
+        return self.layers  # type: ignore[return-value]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model it was made for. Raises CompositionError if that is gone."""
+        model = self._model()
+        if model is None:
+            raise CompositionError("the model that this cache was made for no longer exists.")
+        return model
+
+    def has_backend(self) -> bool:
+        """The model attends through our backend, so encoded tokens need not be decoded for it."""
+        model = self._model()
+        return model is not None and model.config.get_text_config()._attn_implementation == BACKEND
+
+    def check_length(self, length: int) -> None:
+        """Raise DataError if the model has no position for the last of so many tokens."""
+        if self._limit is not None and length > self._limit:
+            raise DataError(
+                f"the text has grown to {length} tokens, but the model has positions for {self._limit}. Use a shorter "
+                "text, or the cache 'streaming', whose positions do not grow."
+            )
+
+    def note_inputs(self, layer: int, hidden: Tensor) -> None:
+        """Called with what enters a block when more than one token does: marks the tokens that stay exact."""
+        self.segment_layers[layer].note_inputs(hidden)
+
+    # Batches.
+
+    @property
+    def batch_size(self) -> int:
+        return self.segment_layers[0].rows or -1
+
+    # Transactions.
+
+    def begin(self) -> None:
+        """From now on new tokens are drafts. Raises CompositionError if they are already."""
+        if self.in_transaction:
+            raise CompositionError("a draft is open already; commit or roll it back first.")
+        for layer in self.segment_layers:
+            layer.begin()
+
+    @property
+    def in_transaction(self) -> bool:
+        return any(layer.marks is not None for layer in self.segment_layers)
+
+    def commit(self, chosen: Tensor | Sequence[Sequence[int]] | None = None) -> None:
+        """Keep drafted tokens, in the order given, and drop the others.
+
+        chosen   for each row, indices of drafted tokens counted from `begin()`: a path of the draft tree. A 1-d tensor
+                 is a path for all rows; None keeps all
+
+        Raises CompositionError without an open draft, DataError for an index that was not drafted.
+        """
+        self._check_open()
+        layer = self.segment_layers[0]
+        drafted, rows = layer.length - layer.marked_length, layer.rows
+        if isinstance(chosen, Tensor):
+            chosen = [chosen.tolist()] * rows if chosen.ndim == 1 else chosen.tolist()
+        if chosen is not None and len(chosen) != rows:
+            raise DataError(f"commit got paths for {len(chosen)} rows; the cache holds {rows}.")
+        for path in chosen or ():
+            if any(not 0 <= index < drafted for index in path):
+                raise DataError(f"commit: path {list(path)} leaves the {drafted} drafted tokens, 0 to {drafted - 1}.")
+        paths = None if chosen is None else [torch.tensor(list(path), dtype=torch.long) for path in chosen]
+        for each in self.segment_layers:
+            each.finish(paths, prefill=False)
+
+    def rollback(self) -> None:
+        """Drop all drafted tokens: the cache is what it was at `begin()`. Raises CompositionError without a draft."""
+        self._check_open()
+        self.commit([[] for _ in range(self.segment_layers[0].rows)])
+
+    def _check_open(self) -> None:
+        if not self.in_transaction:
+            raise CompositionError("no draft is open; call begin() before the tokens that may be taken back.")
+
+    def fork(self) -> Self:
+        """An independent cache with the same content. Encoded tokens are shared, which is safe: they never change."""
+        if self.in_transaction:
+            raise CompositionError("a draft is open; commit or roll it back before fork().")
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.key_bias = dict(self.key_bias)
+        other.layers = [layer.copy_for(other) for layer in self.segment_layers]
+        return other
+
+    def snapshot(self) -> Self:
+        """What `restore` goes back to."""
+        return self.fork()
+
+    def restore(self, snapshot: SegmentCache) -> None:
+        """Become what the snapshot holds; the snapshot stays usable. Raises ConfigError for one of another plan."""
+        if snapshot.plan is not self.plan:
+            raise ConfigError("a cache can only be restored to a snapshot of its own.")
+        self.layers = [layer.copy_for(self) for layer in snapshot.segment_layers]
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Make row i what row rows[i] was, for beams."""
+        index = torch.as_tensor(rows)
+        self.reorder_cache(index)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.fork()
+
+    # Bytes.
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors held; shared ones may come more than once."""
+        for layer in self.segment_layers:
+            for group in layer.groups:
+                for side in group.sides:
+                    yield from side.tensors()
+
+    def nbytes(self) -> int:
+        """Allocated bytes: every storage that the cache holds, once, whole, whatever part of it is in use."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors() if t.numel()}
+        return sum(storages.values())
+
+    def bytes_by_part(self) -> Mapping[str, int]:
+        """Bytes of runs by what they hold, and of windows; shared tensors once."""
+        found: dict[str, int] = {}
+        seen: set[int] = set()
+
+        def count(name: str, tensor: Tensor) -> None:
+            key = tensor.untyped_storage().data_ptr()
+            if tensor.numel() and (name.startswith("window") or (key, tensor.data_ptr()) not in seen):
+                seen.add((key, tensor.data_ptr()))  # type: ignore[arg-type]
+                found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
+
+        for layer in self.segment_layers:
+            for group in layer.groups:
+                for kind, side in zip(("keys", "values"), group.sides, strict=True):
+                    count(f"window of {kind}", side.buffer)
+                    for runs in side.runs:
+                        for run in runs:
+                            for name, tensor in run.tensors().items():
+                                count(name, tensor)
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held by the longest row of the layer that holds most."""
+        counts = [g.tokens(r) for layer in self.segment_layers for g in layer.groups for r in range(g.rows)]
+        return max(counts, default=0)
+
+
+def _position_limit(model: PreTrainedModel, plan: CachePlan) -> int | None:
+    if all(group.positions == "cache" for groups in plan.layers for group in groups):
+        return None
+    limit: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
