@@ -17,6 +17,7 @@ from trimtab.core.lazy import lazy_exports
 from trimtab.models.registration import register_when_transformers_loads
 
 if TYPE_CHECKING:
+    from trimtab import cache as cache
     from trimtab import weights as weights
     from trimtab.core.recipe import Recipe as Recipe
     from trimtab.evaluation import evaluate as evaluate
@@ -38,6 +39,7 @@ __getattr__, __dir__ = lazy_exports(
         "compress": "weights",
         "evaluate": "evaluation",
         "Recipe": "core.recipe",
+        "cache": "cache",
         "weights": "weights",
     },
 )

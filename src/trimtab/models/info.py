@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class ModelInfo:
     recipe           what was done to the weights, None if nothing was
     record           the run that did it
     baseline_bytes   tensor bytes at rest of the uncompressed model, in the dtype it was loaded in
+    fitted_caches    what cache methods have learnt from calibration text: key of method and options -> named tensors
     """
 
     source: str
@@ -39,6 +40,7 @@ class ModelInfo:
     recipe: Recipe | None
     record: RunRecord | None
     baseline_bytes: int
+    fitted_caches: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def info_of(model: PreTrainedModel) -> ModelInfo:

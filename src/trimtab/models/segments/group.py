@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.kernels.kv_attention import Lane, Run
+from trimtab.kernels.kv_attention import Lane
 from trimtab.models.segments.pivots import pivot_tokens
 from trimtab.models.segments.plan import HeadPlan
-from trimtab.models.segments.side import Side, exact_run, with_overrides
+from trimtab.models.segments.side import Side, exact_run
 
 Unrotate = Callable[[Tensor, Sequence[int]], Tensor]
 """(rotated keys [R, H, m, d], position of the first token of each row) -> keys before rotary embedding."""
@@ -109,18 +109,26 @@ class Group:
             x = side.take(rows, count)
             positions = [(self.first_positions[row] or 0) + begin for row, begin in zip(rows, begins, strict=True)]
             raw = x if unrotate is None else unrotate(x, positions)
-            runs = side.plan.codec.encode(raw, first_position=None if unrotate is None else positions, prefill=prefill)
-            for index, (row, begin) in enumerate(zip(rows, begins, strict=True)):
-                side.runs[row].append(self._with_pivots(runs[index], row, begin, x[index]))
+            pivots = [self._pivots_in(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
+            runs = side.plan.codec.encode(
+                raw,
+                first_position=None if unrotate is None else positions,
+                prefill=prefill,
+                override_tokens=pivots,
+                override_values=[None if own is None else x[index][:, own] for index, own in enumerate(pivots)],
+            )
+            for row, run in zip(rows, runs, strict=True):
+                side.runs[row].append(run)
         if waiting:
             side.shrink()
 
-    def _with_pivots(self, run: Run, row: int, begin: int, exact: Tensor) -> Run:
+    def _pivots_in(self, row: int, begin: int, count: int) -> Tensor | None:
+        """Pivots among `count` tokens from index `begin` on, counted from there; None if there are none."""
         pivots = self.pivots[row]
         if pivots is None:
-            return run
-        own = pivots[(pivots >= begin) & (pivots < begin + run.tokens)] - begin
-        return with_overrides(run, own, exact[:, own]) if own.numel() else run
+            return None
+        own = pivots[(pivots >= begin) & (pivots < begin + count)] - begin
+        return own if own.numel() else None
 
     def _forget(self, row: int, before: int) -> None:
         """Drop whole runs of tokens below index `before`, of keys and values alike."""

@@ -15,11 +15,21 @@ from trimtab.kernels.kv_attention import Run
 class Codec(Protocol):
     """Turns exact tokens into runs. `trimtab.tensors.kv.KVCodec` is the one that all methods configure."""
 
-    def encode(self, x: Tensor, *, first_position: Sequence[int] | None = None, prefill: bool = False) -> list[Run]:
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        first_position: Sequence[int] | None = None,
+        prefill: bool = False,
+        override_tokens: Sequence[Tensor | None] | None = None,
+        override_values: Sequence[Tensor | None] | None = None,
+    ) -> list[Run]:
         """x [R, H, m, d] -> one run for each of the R rows.
 
-        first_position   set if x are keys before rotary embedding: the position of the first token of each row
-        prefill          x is a prompt, not a block of generated tokens (GEAR gives it a higher rank)
+        first_position     set if x are keys before rotary embedding: the position of the first token of each row
+        prefill            x is a prompt, not a block of generated tokens (GEAR gives it a higher rank)
+        override_tokens    for each row, tokens that stay exact: ascending indices, or None
+        override_values    for each row, their values [H, p, d], keys after rotary embedding
         """
         ...
 

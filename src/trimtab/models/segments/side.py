@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +11,6 @@ from trimtab.kernels.kv_attention import Run
 from trimtab.models.segments.plan import TensorPlan
 
 _SLACK = 64
-
-Unrotate = Callable[[Tensor, int, int], Tensor]
-"""(keys [R, H, m, d], first position, rows that follow) -> the keys before rotary embedding."""
-
 
 class Side:
     """One tensor of one group of heads. Rows are independent; runs are shared freely, the buffer is owned.
@@ -156,7 +151,3 @@ def exact_run(x: Tensor, first_position: int | None = None) -> Run:
         tokens=x.shape[1], heads=x.shape[0], head_dim=x.shape[2], exact=x.contiguous().clone(), first_position=first_position
     )
 
-
-def with_overrides(run: Run, tokens: Tensor, values: Tensor) -> Run:
-    """The run with whole tokens (ascending indices) replaced by exact values [H, p, d]."""
-    return dataclasses.replace(run, override_tokens=tokens.to(torch.int32), override_values=values.contiguous().clone())

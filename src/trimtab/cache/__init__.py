@@ -1,0 +1,24 @@
+"""Floor 1: compress, evict and window the KV cache. Read base.py first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy_exports
+from trimtab.core.registry import room_exports
+
+if TYPE_CHECKING:
+    from trimtab.cache._files import load as load
+    from trimtab.cache._files import save as save
+    from trimtab.cache.auto import Auto as Auto
+    from trimtab.cache.cq import Cq as Cq
+    from trimtab.cache.exact import Exact as Exact
+    from trimtab.cache.gear import Gear as Gear
+    from trimtab.cache.gear_l import GearL as GearL
+    from trimtab.cache.kivi import Kivi as Kivi
+    from trimtab.cache.kvquant import Kvquant as Kvquant
+    from trimtab.cache.retrieval_heads import RetrievalHeads as RetrievalHeads
+    from trimtab.cache.rotatekv import RotateKV as RotateKV
+    from trimtab.cache.streaming import Streaming as Streaming
+
+__getattr__, __dir__ = lazy_exports(__name__, {"load": "_files", "save": "_files", **room_exports("cache")})
