@@ -24,4 +24,4 @@ def pack_channels(codes: Tensor, bits: int) -> Tensor:
     for slot in range(1, 8 // bits):
         packed |= slots[..., slot] << (slot * bits)
     rows = torch.unflatten(packed.view(torch.uint8), -1, (4, bits))  # [R, H, d, T, byte, word]
-    return rows.permute(0, 1, 3, 2, 5, 4).flatten(-2)
+    return rows.permute(0, 1, 3, 2, 5, 4).flatten(-2).contiguous()
