@@ -31,6 +31,16 @@ def test_entries_and_files(small: bench.Shape, tmp_path: Path) -> None:
     assert table.read_text().count("trimtab/grid-") == 2
 
 
+def test_half_linear_entries(small: bench.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = bench.half_linear_bench([small])
+    assert [entry["system"] for entry in entries] == ["trimtab/half-linear", "torch/bf16-linear"]
+    assert {(entry["bench"], entry["setting"]) for entry in entries} == {("half-linear", "96x256, batch 2")}
+    assert {entry["weight_bytes"] for entry in entries} == {2 * 96 * 256}
+    monkeypatch.setattr(bench, "half_linear", lambda x, w: torch.nn.functional.linear(x, w) * 1.01)
+    with pytest.raises(NumericsError, match="trimtab/half-linear: .* speed is not reported"):
+        bench.half_linear_bench([small])
+
+
 def test_no_speed_when_parity_is_red(small: bench.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     right = bench.grid_matmul
     monkeypatch.setattr(bench, "grid_matmul", lambda *a, **k: right(*a, **k) * 1.01)

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from trimtab.kernels import library
 
-CODE = """
-import ctypes, itertools, mmap
+from .guarded import run_guarded
+
+GRID_MATMUL = """
+import itertools
 import torch
 from conftest import inputs, make_grid
-from trimtab.kernels import library
+from guarded import areas, fenced, fenced_outputs
 from trimtab.kernels.grid_matmul import native
 
-libc = ctypes.CDLL(None, use_errno=True)
-page = mmap.PAGESIZE
-
-def fenced(tensor, at_end):
-    '''A copy between two forbidden pages, flush with one of them.'''
-    nbytes = tensor.numel() * tensor.element_size()
-    inside = -(-nbytes // page) * page
-    area = mmap.mmap(-1, inside + 2 * page)
-    areas.append(area)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    for forbidden in (start, start + page + inside):
-        assert libc.mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0) == 0
-    offset = page + (inside - nbytes if at_end else 0)
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset).reshape(tensor.shape)
-    return copy.copy_(tensor)
-
-areas = []
 cases = itertools.product((2, 3, 4, 8), ((1, -1), (7, 7), (33, 11), (95, 19), (336, 48), (704, 64), (1000, -1)))
 for bits, (width, group_size) in cases:
     for rows, out, at_end in ((1, 5, True), (1, 5, False), (3, 9, True), (11, 2, True)):
@@ -41,26 +22,32 @@ for bits, (width, group_size) in cases:
         arguments = [fenced(tensor, at_end) for tensor in grid.arguments()]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = fenced(inputs(rows, width, dtype), at_end)
-            plain, empty = native.grid_matmul_native(x, *arguments, **grid.options), torch.empty
-            torch.empty = lambda *shape, dtype: fenced(empty(*shape, dtype=dtype), at_end)
-            try:
+            plain = native.grid_matmul_native(x, *arguments, **grid.options)
+            with fenced_outputs(at_end):
                 assert torch.equal(native.grid_matmul_native(x, *arguments, **grid.options), plain)
                 native.dequantize_native(*arguments, **grid.options, dtype=dtype)
-            finally:
-                torch.empty = empty
+        areas.clear()
+"""
+
+HALF_LINEAR = """
+import itertools
+import torch
+from conftest import inputs
+from guarded import areas, fenced, fenced_outputs
+from trimtab.kernels.half_linear import native
+
+for dtype, width in itertools.product((torch.bfloat16, torch.float16), (1, 7, 17, 33, 96, 352, 1001)):
+    for rows, out, at_end in ((1, 5, True), (1, 5, False), (3, 9, True), (8, 7, True), (8, 7, False)):
+        x, weight, bias = inputs(rows, width, dtype), inputs(out, width, dtype), inputs(1, out, dtype)[0]
+        plain = native.half_linear_native(x, weight, bias)
+        arguments = [fenced(tensor, at_end) for tensor in (x, weight, bias)]
+        with fenced_outputs(at_end):
+            assert torch.equal(native.half_linear_native(*arguments), plain)
         areas.clear()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
-@pytest.mark.skipif(library.absent() is not None, reason=str(library.absent()))
 @pytest.mark.parametrize("isa", library.ISAS)
-def test_nothing_outside_the_buffers_is_touched(isa: str) -> None:
-    """In a process of its own, which a stray access ends with a signal."""
-    if isa not in library.machine_isas():
-        pytest.skip(f"this machine has {', '.join(library.machine_isas())}")
-    here = os.path.dirname(__file__)
-    environment = os.environ | {"TRIMTAB_ISA": isa, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([here, *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-2000:]}"
+@pytest.mark.parametrize("code", [GRID_MATMUL, HALF_LINEAR], ids=["grid_matmul", "half_linear"])
+def test_nothing_outside_the_buffers_is_touched(code: str, isa: str) -> None:
+    run_guarded(code, isa)

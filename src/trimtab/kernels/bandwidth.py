@@ -9,8 +9,9 @@ import torch
 from trimtab.core.errors import KernelUnavailable
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul import GRID_MATMUL
+from trimtab.kernels.half_linear import HALF_LINEAR
 
-OPERATIONS = (GRID_MATMUL,)
+OPERATIONS = (GRID_MATMUL, HALF_LINEAR)
 _BUFFER_BYTES = 256 << 20  # several times the last-level cache of most machines
 _ROUNDS = 7
 

@@ -28,6 +28,8 @@ from trimtab.core.run_record import machine, versions
 from trimtab.kernels.bandwidth import read_bandwidth_gbps
 from trimtab.kernels.grid_matmul import grid_matmul
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
+from trimtab.kernels.half_linear import half_linear
+from trimtab.kernels.half_linear.reference import half_linear_reference
 from trimtab.kernels.packing import packed_bytes
 
 RMS_BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -40,7 +42,7 @@ _CHECKED_ROWS = 64  # output rows whose results are compared; the kernels treat 
 
 @dataclass(frozen=True)
 class Shape:
-    """A product to time: weights [out, in], `batch` rows of x in bfloat16, groups of `group_size`."""
+    """A product to time: weights [out, in], `batch` rows of x in bfloat16; packed weights in groups of `group_size`."""
 
     out_features: int
     in_features: int
@@ -48,20 +50,40 @@ class Shape:
     group_size: int = 64
     traffic_bytes: int = _TRAFFIC_BYTES
 
+    def __str__(self) -> str:
+        return f"{self.out_features}x{self.in_features}, batch {self.batch}"
+
 
 SHAPES = (Shape(4096, 11008, 1), Shape(4096, 11008, 8), Shape(4096, 11008, 64))
 BITS = (2, 3, 4, 8)
+HALF_SHAPES = tuple(Shape(*size, batch) for size in ((4096, 11008), (1024, 1024), (2816, 1024)) for batch in (1, 8))
 
 
 def grid_matmul_bench(shapes: Sequence[Shape] = SHAPES, bits: Sequence[int] = BITS) -> list[dict[str, Any]]:
     """Packed weights of each number of bits, and torch's bfloat16 linear on the same shapes."""
     entries = []
     for shape in shapes:
-        bandwidth = read_bandwidth_gbps()
-        x = torch.randn(shape.batch, shape.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
-        entries += [_time(f"trimtab/grid-{b}", shape, *_grid_calls(shape, b, x), bandwidth) for b in bits]
-        entries.append(_time("torch/bf16-linear", shape, *_linear_calls(shape, x), bandwidth))
+        what = ("grid-matmul", f"{shape}, group {shape.group_size}", read_bandwidth_gbps())
+        x = _inputs(shape)
+        entries += [_time(f"trimtab/grid-{b}", *what, *_grid_calls(shape, b, x)) for b in bits]
+        torch_calls = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, "bf16-linear")
+        entries.append(_time("torch/bf16-linear", *what, *torch_calls))
     return entries
+
+
+def half_linear_bench(shapes: Sequence[Shape] = HALF_SHAPES) -> list[dict[str, Any]]:
+    """Dense bfloat16 weights, multiplied by half_linear and by torch's linear."""
+    entries = []
+    for shape in shapes:
+        what = ("half-linear", str(shape), read_bandwidth_gbps())
+        x, weights = _inputs(shape), _dense_weights(shape)
+        for system, linear in (("trimtab/half-linear", half_linear), ("torch/bf16-linear", torch.nn.functional.linear)):
+            entries.append(_time(system, *what, *_dense_calls(weights, x, linear, system)))
+    return entries
+
+
+def _inputs(shape: Shape) -> Tensor:
+    return torch.randn(shape.batch, shape.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
 def _grid_calls(shape: Shape, bits: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], int]:
@@ -83,15 +105,24 @@ def _grid_calls(shape: Shape, bits: int, x: Tensor) -> tuple[list[Callable[[], T
     return calls, nbytes
 
 
-def _linear_calls(shape: Shape, x: Tensor) -> tuple[list[Callable[[], Tensor]], int]:
+def _dense_weights(shape: Shape) -> list[Tensor]:
+    """Distinct bfloat16 matrices [out, in], as many as the traffic takes."""
     nbytes = 2 * shape.out_features * shape.in_features
-    calls: list[Callable[[], Tensor]] = []
-    for seed in range(max(2, -(-shape.traffic_bytes // nbytes))):
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.empty(shape.out_features, shape.in_features, dtype=torch.bfloat16)
-        weight.uniform_(-1, 1, generator=generator)
-        calls.append(lambda w=weight: torch.nn.functional.linear(x, w))  # type: ignore[misc]
-    return calls, nbytes
+    return [
+        torch.empty(shape.out_features, shape.in_features, dtype=torch.bfloat16).uniform_(
+            -1, 1, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in range(max(2, -(-shape.traffic_bytes // nbytes)))
+    ]
+
+
+def _dense_calls(
+    weights: Sequence[Tensor], x: Tensor, linear: Callable[[Tensor, Tensor], Tensor], system: str
+) -> tuple[list[Callable[[], Tensor]], int]:
+    part = slice(0, _CHECKED_ROWS)
+    expected = half_linear_reference(x.float(), weights[0][part].float())
+    _demand_parity(linear(x, weights[0])[:, part], expected, system)
+    return [lambda w=weight: linear(x, w) for weight in weights], weights[0].nbytes  # type: ignore[misc]
 
 
 def _demand_parity(found: Tensor, expected: Tensor, system: str) -> None:
@@ -105,7 +136,7 @@ def _demand_parity(found: Tensor, expected: Tensor, system: str) -> None:
 
 
 def _time(
-    system: str, shape: Shape, calls: list[Callable[[], Tensor]], nbytes: int, bandwidth: float
+    system: str, bench: str, setting: str, bandwidth: float, calls: list[Callable[[], Tensor]], nbytes: int
 ) -> dict[str, Any]:
     with torch.inference_mode():
         for call in calls[:2]:
@@ -119,9 +150,9 @@ def _time(
     median = statistics.median(seconds)
     gbps = nbytes / median / 1e9
     return {
-        "bench": "grid-matmul",
+        "bench": bench,
         "system": system,
-        "setting": f"{shape.out_features}x{shape.in_features}, batch {shape.batch}, group {shape.group_size}",
+        "setting": setting,
         "decode_ms_median": median * 1e3,
         "decode_ms_best": min(seconds) * 1e3,
         "weight_bytes": nbytes,
@@ -133,7 +164,10 @@ def _time(
     }
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {"grid-matmul": grid_matmul_bench}
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "grid-matmul": grid_matmul_bench,
+    "half-linear": half_linear_bench,
+}
 
 
 def run(name: str | None = None) -> list[dict[str, Any]]:

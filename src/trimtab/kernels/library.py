@@ -40,6 +40,17 @@ class GridProblem(ctypes.Structure):
     )
 
 
+class LinearProblem(ctypes.Structure):
+    """tt_linear_problem of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
 def _places() -> list[Path]:
     """Beside this file; an editable installation leaves it in site-packages instead."""
     roots = [sysconfig.get_paths()["platlib"], *site.getsitepackages()]
@@ -53,6 +64,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_has_isa": (i32, (i32,)),
         "tt_grid_matmul": (i32, (pointer, pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_grid_dequantize": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),
     }
     for name, (result, arguments) in signatures.items():

@@ -6,7 +6,7 @@
 #define TT_ABI 1
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2 };
+enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4 };
 
 // Instruction sets, ascending. As an argument: use none above this one. TT_ISA_BEST: the best the machine has.
 enum { TT_ISA_BEST = -1, TT_ISA_SCALAR = 0, TT_ISA_AVX2 = 1, TT_ISA_AVX512 = 2, TT_ISA_AVX512_BF16 = 3 };
@@ -15,6 +15,12 @@ struct tt_grid_problem {
   int64_t out_features, in_features, group_size;  // group_size divides in_features
   int32_t bits;                                   // 2, 3, 4, 8
   int32_t x_dtype, scale_dtype;                   // of x and out; of scales: 0 float32, 1 float16, 2 bfloat16
+  int32_t isa;
+};
+
+struct tt_linear_problem {
+  int64_t out_features, in_features;
+  int32_t dtype;  // of x, weight, bias and out: 1 float16, 2 bfloat16
   int32_t isa;
 };
 
@@ -30,6 +36,41 @@ TT_EXPORT int32_t tt_grid_matmul(const tt_grid_problem* problem, const void* x, 
 // The dense weight [rows][in] of the first `rows` output rows, in the problem's x_dtype.
 TT_EXPORT int32_t tt_grid_dequantize(const tt_grid_problem* problem, const void* packed, const void* scales,
                                      const void* zeros, void* out, int64_t rows, int32_t threads);
+
+// x [rows][in], weight [out][in], bias [out] or null, out [rows][out]; all contiguous, 1 to 8 rows. Returns as above.
+TT_EXPORT int32_t tt_half_linear(const tt_linear_problem* problem, const void* x, const void* weight, const void* bias,
+                                 void* out, int64_t rows, int32_t threads);
+
+// kv_attention. Layouts and meaning of the fields: kv_attention/run.py. Absent tensors are null, absent numbers 0, an
+// absent first_position -1. Dtypes as in tt_grid_problem.
+struct tt_kv_run {
+  int64_t tokens, heads, head_dim, first_position;
+  int64_t exact_head_step, exact_token_step;  // elements
+  int64_t group_tokens, group_channels, rank, overrides;
+  const void *exact, *codes, *high_codes, *codebook, *scale, *minimum, *levels, *token_factors, *channel_factors;
+  const void *outlier_starts, *outlier_places, *outlier_values, *order, *override_tokens, *override_values;
+  int32_t bits, coupled, hadamard, exact_dtype, outlier_dtype, override_dtype;
+};
+
+// Heads are heads[heads_at ...], runs are runs[keys_at ...] and runs[values_at ...].
+struct tt_kv_lane {
+  int64_t row, tokens, heads_at, heads, keys_at, keys, values_at, values;
+};
+
+struct tt_kv_problem {
+  int64_t rows, query_heads, length, head_dim;
+  int64_t query_row_step, query_head_step, query_step;  // elements
+  int64_t group, lanes;                                 // query heads of a KV head; number of lanes
+  int64_t rope_positions, rope_half;                    // 0: no table
+  int64_t bias_row_step, bias_head_step, tail;          // elements; columns of tail_visible
+  const void *query, *cos, *sin, *bias, *first_visible, *tail_visible;
+  void *out, *lse;
+  float scale, softcap;                                 // softcap 0: none
+  int32_t dtype, isa;
+};
+
+TT_EXPORT int32_t tt_kv_attention(const tt_kv_problem* problem, const tt_kv_lane* lanes, const int64_t* heads,
+                                  const tt_kv_run* runs, int32_t threads);
 
 // Reads `bytes` bytes, a share per thread, and returns the seconds that took.
 TT_EXPORT double tt_read_seconds(const void* from, int64_t bytes, int32_t threads);
