@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ class SegmentCache(Cache):
         self.rope_positions = plan.needs_rope
         self.key_bias: dict[int, Tensor] = {}
         self._model = weakref.ref(model)
-        self._limit = _position_limit(model, plan)
+        self._config: Any = model.config.get_text_config()
+        self._limit = _position_limit(self._config, plan)
         use_backend(model)
         layers = [
             SegmentLayer(self, index, groups, RopeSource(model, index) if self.rope_positions else None)
@@ -72,8 +74,7 @@ class SegmentCache(Cache):
 
     def has_backend(self) -> bool:
         """The model attends through our backend, so encoded tokens need not be decoded for it."""
-        model = self._model()
-        return model is not None and model.config.get_text_config()._attn_implementation == BACKEND
+        return bool(self._config._attn_implementation == BACKEND)
 
     def check_length(self, length: int) -> None:
         """Raise DataError if the model has no position for the last of so many tokens."""
@@ -104,7 +105,7 @@ class SegmentCache(Cache):
 
     @property
     def in_transaction(self) -> bool:
-        return any(layer.marks is not None for layer in self.segment_layers)
+        return self.segment_layers[0].draft is not None
 
     def commit(self, chosen: Tensor | Sequence[Sequence[int]] | None = None) -> None:
         """Keep drafted tokens, in the order given, and drop the others.
@@ -112,11 +113,13 @@ class SegmentCache(Cache):
         chosen   for each row, indices of drafted tokens counted from `begin()`: a path of the draft tree. A 1-d tensor
                  is a path for all rows; None keeps all
 
-        Raises CompositionError without an open draft, DataError for an index that was not drafted.
+        Raises CompositionError without an open draft, and DataError, keeping the draft open, for an index that was not
+        drafted or, where keys are kept before rotary embedding, a path whose positions do not follow each other.
         """
         self._check_open()
         layer = self.segment_layers[0]
-        drafted, rows = layer.length - layer.marked_length, layer.rows
+        assert layer.draft is not None
+        drafted, rows = layer.length - layer.draft.length, layer.rows
         if isinstance(chosen, Tensor):
             chosen = [chosen.tolist()] * rows if chosen.ndim == 1 else chosen.tolist()
         if chosen is not None and len(chosen) != rows:
@@ -124,9 +127,8 @@ class SegmentCache(Cache):
         for path in chosen or ():
             if any(not 0 <= index < drafted for index in path):
                 raise DataError(f"commit: path {list(path)} leaves the {drafted} drafted tokens, 0 to {drafted - 1}.")
-        paths = None if chosen is None else [torch.tensor(list(path), dtype=torch.long) for path in chosen]
         for each in self.segment_layers:
-            each.finish(paths, prefill=False)
+            each.finish(None if chosen is None else [list(path) for path in chosen])
 
     def rollback(self) -> None:
         """Drop all drafted tokens: the cache is what it was at `begin()`. Raises CompositionError without a draft."""
@@ -155,12 +157,18 @@ class SegmentCache(Cache):
         """Become what the snapshot holds; the snapshot stays usable. Raises ConfigError for one of another plan."""
         if snapshot.plan is not self.plan:
             raise ConfigError("a cache can only be restored to a snapshot of its own.")
+        self.key_bias = dict(snapshot.key_bias)
         self.layers = [layer.copy_for(self) for layer in snapshot.segment_layers]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |tokens_to_remove| tokens. Raises CompositionError, changing nothing, if some are encoded."""
+        for layer in self.segment_layers:
+            layer.check_crop(abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Make row i what row rows[i] was, for beams."""
-        index = torch.as_tensor(rows)
-        self.reorder_cache(index)
+        self.reorder_cache(torch.as_tensor(rows, dtype=torch.long))  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: object) -> Self:
         return self.fork()
@@ -182,12 +190,12 @@ class SegmentCache(Cache):
     def bytes_by_part(self) -> Mapping[str, int]:
         """Bytes of runs by what they hold, and of windows; shared tensors once."""
         found: dict[str, int] = {}
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
 
         def count(name: str, tensor: Tensor) -> None:
-            key = tensor.untyped_storage().data_ptr()
-            if tensor.numel() and (name.startswith("window") or (key, tensor.data_ptr()) not in seen):
-                seen.add((key, tensor.data_ptr()))  # type: ignore[arg-type]
+            key = (tensor.untyped_storage().data_ptr(), tensor.data_ptr())
+            if tensor.numel() and key not in seen:
+                seen.add(key)
                 found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
 
         for layer in self.segment_layers:
@@ -207,8 +215,18 @@ class SegmentCache(Cache):
         return max(counts, default=0)
 
 
-def _position_limit(model: PreTrainedModel, plan: CachePlan) -> int | None:
-    if all(group.positions == "cache" for groups in plan.layers for group in groups):
+def _position_limit(config: Any, plan: CachePlan) -> int | None:
+    """Tokens that a model of this text configuration has positions for; None: any number."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None or all(group.positions == "cache" for groups in plan.layers for group in groups):
         return None
-    limit: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
+    return math.ceil(limit * max(map(_growth, kinds), default=1.0))
+
+
+def _growth(parameters: dict[str, Any]) -> float:
+    """By how much rotary scaling extends max_position_embeddings; most kinds have done so in the configuration."""
+    kind = parameters.get("rope_type")
+    grows = kind in ("linear", "dynamic") or (kind == "yarn" and "original_max_position_embeddings" not in parameters)
+    return float(parameters.get("factor") or 1.0) if grows else 1.0

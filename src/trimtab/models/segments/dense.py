@@ -20,17 +20,16 @@ def exact_attention(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    bias: Tensor | None,
 ) -> Tensor:
     """Causal attention of a prompt to itself: query [R, Hq, T, d], keys and values [R, Hk, T, d].
 
-    mask [R, 1, T, T], bool or additive; None: causal, within the sliding window if there is one. bias [R, Hq, n].
+    mask [R, 1, T, T], bool or additive; None: causal, within the sliding window if there is one.
     """
     length = query.shape[2]
     if mask is None and sliding_window is not None and length > sliding_window:
         mask = causal_mask(length, length, query.device)
         mask = mask & ~torch.ones_like(mask).tril(-sliding_window)
-    if softcap is None and bias is None:
+    if softcap is None:
         grouped = query.shape[1] != keys.shape[1]
         if mask is not None and grouped:  # torch's fast kernel takes no mask with grouped heads
             keys, values = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (keys, values))
@@ -40,9 +39,7 @@ def exact_attention(
         )
     if mask is None:
         mask = causal_mask(length, length, query.device)
-    if bias is not None:
-        bias = pad_columns(bias, length)[:, :, None, :length]
-    return plain_attention(query, keys, values, mask, scale, softcap, bias)
+    return plain_attention(query, keys, values, mask, scale, softcap, None)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

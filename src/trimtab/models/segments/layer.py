@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from trimtab.core.errors import CompositionError, DataError
-from trimtab.kernels.kv_attention import Rope, kv_attention
+from trimtab.kernels.kv_attention import Lane, Rope, kv_attention
 from trimtab.models.segments.dense import attention_over_dense, dense_lane, exact_attention, pad_columns
-from trimtab.models.segments.group import Group, rows_of
+from trimtab.models.segments.draft import Draft
+from trimtab.models.segments.group import Group
 from trimtab.models.segments.plan import HeadPlan
 from trimtab.models.segments.rope import RopeSource, rotated, unrotated
+from trimtab.models.segments.visibility import first_visible, tail_visible, token_columns
 
 if TYPE_CHECKING:
     from trimtab.models.segments.cache import SegmentCache
@@ -23,12 +25,19 @@ MAX_QUERIES = 64
 """Queries up to which attention runs on the compressed tokens; more are a prompt, for which they are decoded once."""
 
 
-class SegmentLayer(CacheLayerMixin):
+class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The keys and values of one attention layer.
 
     A step has two halves, because only the attention function knows masks and positions: `update`, which the model
     calls, keeps the new tokens aside; `attend`, which the attention backend calls, appends them, attends and encodes
-    what has left the window. Under another attention implementation `update` does all of it and returns dense tensors.
+    what has left the window. Under another attention implementation `update` does all of it and returns dense tensors;
+    padding is then kept like tokens, because masks do not reach the cache.
+
+    length        tokens so far as masks count them, padding included
+    lengths       for each row, its tokens so far, also those that are forgotten
+    first         for each row, the position of its first token, where keys are kept before rotary embedding
+    draft         what `begin()` has noted, None outside of a transaction
+    record_past   transformers wants to take tokens back: nothing is forgotten meanwhile
     """
 
     is_sliding = False
@@ -36,24 +45,39 @@ class SegmentLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: SegmentCache, index: int, plan: tuple[HeadPlan, ...], rope: RopeSource | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
         self.index = index
         self.plan = plan
         self.rope = rope
+        self.record_past = False
+        self.sliding_window: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_initialized = False
         self.groups: list[Group] = []
         self.length = 0
+        self.lengths: list[int] = []
+        self.first: list[int | None] = []
+        self.draft: Draft | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.marks: list[list[tuple[int, int]]] | None = None
-        self.marked_length = 0
         self.noted: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
 
     # What transformers calls.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows = key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.groups = [Group(plan, key_states, value_states) for plan in self.plan]
+        self.lengths, self.first = [0] * rows, [None] * rows
         self.is_initialized = True
+        if self.draft is not None:
+            self.begin()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -65,13 +89,15 @@ class SegmentLayer(CacheLayerMixin):
             )
         if self.cache.has_backend():
             self.pending = key_states, value_states
-            # a detached alias, so that the mark is on this call's tensor alone
+            # an alias, so that the mark is on this call's tensor alone
             keys = key_states.view_as(key_states)
             keys.trimtab_layer = self  # type: ignore[attr-defined]
             return keys, value_states
-        self._append(key_states, value_states, None, None)
+        self._check_dense()
+        fresh = self.length == 0
+        self._append(key_states, value_states, None, None, None)
         dense = [self._dense(row) for row in range(self.rows)]
-        self._settle(prefill=key_states.shape[2] > 1)
+        self._settle(prefill=fresh and key_states.shape[2] > 1, sliding_window=None)
         return torch.stack([k for k, _ in dense]), torch.stack([v for _, v in dense])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -83,9 +109,6 @@ class SegmentLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def reset(self) -> None:
-        self.groups, self.length, self.is_initialized, self.pending, self.marks = [], 0, False, None, None
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx.tolist())
 
@@ -95,29 +118,42 @@ class SegmentLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.select(torch.arange(self.rows)[indices.cpu()].tolist())
 
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         return all(_is_exact(plan) for plan in self.plan)
 
+    def check_crop(self, count: int) -> None:
+        """Raise CompositionError if the last `count` tokens cannot be taken back."""
+        if self.draft is not None:
+            raise CompositionError("a draft is open; commit or roll it back instead of crop().")
+        for group in self.groups:
+            for row, length in enumerate(self.lengths):
+                if not group.can_crop(row, min(count, length), length, self.sliding_window):
+                    raise CompositionError(
+                        f"layer {self.index}: the last {count} tokens cannot be removed: some are encoded, or tokens "
+                        "before them are forgotten. Use cache.begin() before drafting and cache.rollback() or "
+                        "cache.commit() after it."
+                    )
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last |tokens_to_remove| tokens. Raises CompositionError if some of them are encoded already."""
+        """Remove the last |tokens_to_remove| tokens of each row; none of them may be padding, except on the left.
+
+        Raises CompositionError, and changes nothing, if some cannot be taken back.
+        """
         count = abs(tokens_to_remove)
         if not count or not self.is_initialized:
             return
-        for group in self.groups:
-            for row in range(self.rows):
-                if not group.crop(row, min(count, group.tokens(row))):
-                    raise CompositionError(
-                        f"layer {self.index}: the last {count} tokens cannot be removed, some are encoded already. Use "
-                        "cache.begin() before drafting and cache.rollback() or cache.commit() after it."
-                    )
-        self.length -= count
+        self.check_crop(count)
+        for row, length in enumerate(self.lengths):
+            for group in self.groups:
+                group.crop(row, min(count, length))
+            self._set_length(row, max(0, length - count))
+        self.length = max(0, self.length - count)
 
     # What the attention backend calls.
-
-    @property
-    def rows(self) -> int:
-        return self.groups[0].rows if self.groups else 0
 
     def attend(
         self,
@@ -134,16 +170,23 @@ class SegmentLayer(CacheLayerMixin):
         self.pending = None
         length = keys.shape[2]
         fresh = self.length == 0
-        valid = None if mask is None else rows_of(_valid_tokens(mask, length))
+        self.sliding_window = sliding_window
+        if mask is not None and mask.shape[-1] != self.length + length:
+            raise DataError(
+                f"the attention mask has {mask.shape[-1]} columns; {self.length} tokens of the cache and {length} new "
+                "ones need one each."
+            )
+        valid = None if mask is None else token_columns(mask, length, self.rows)
+        moved = self._append(keys, values, valid, position_ids, query)
         bias = self.cache.key_bias.get(self.index)
-        position_ids = self._positions(position_ids, length) if self.cache.rope_positions else None
-        query_in_cache = self._append(keys, values, valid, position_ids, query)
-        if fresh and length > 1:
-            out = exact_attention(query, keys, values, mask, scaling, softcap, sliding_window, bias)
+        if fresh and length > 1 and bias is None:
+            out = exact_attention(query, keys, values, mask, scaling, softcap, sliding_window)
         else:
-            out = self._over_lanes(query_in_cache, valid, mask, scaling, softcap, sliding_window, bias)
-        if self.marks is None:
-            self._settle(prefill=fresh and length > 1, sliding_window=sliding_window)
+            out = self._attend_to_all(moved, valid, mask, scaling, softcap, sliding_window, bias)
+        if self.draft is None:
+            # a bias counts from the oldest key held, which must then stay
+            forget = None if bias is not None or self.record_past else sliding_window
+            self._settle(prefill=fresh and length > 1, sliding_window=forget)
         return out
 
     def note_inputs(self, hidden: Tensor) -> None:
@@ -151,197 +194,260 @@ class SegmentLayer(CacheLayerMixin):
         if self.length == 0:
             self.noted = hidden
 
-    def _positions(self, position_ids: Tensor | None, length: int) -> Tensor:
-        """[R, T]; transformers leaves them out where the family has no use for them."""
-        if position_ids is None:
-            position_ids = torch.arange(self.length, self.length + length, device=self.device)[None]
-        return position_ids.expand(self.rows, -1)
-
     def _append(
         self,
         keys: Tensor,
         values: Tensor,
-        valid: list[Tensor] | None,
-        positions: Tensor | None,
-        query: Tensor | None = None,
+        valid: list[list[int]] | None,
+        position_ids: Tensor | None,
+        query: Tensor | None,
     ) -> Tensor:
         """Add tokens to all groups; returns the query, rotated to its index in the cache for groups that want that."""
         length = keys.shape[2]
-        self.cache.check_length(self.length + length)
-        if positions is None and self.rope is not None:
-            positions = self._positions(None, length)
-        first = [self.length] * self.rows if positions is None else _first_positions(positions, valid)
-        angles = None
+        counts = [length] * self.rows if valid is None else [len(own) for own in valid]
+        self.cache.check_length(max(map(int.__add__, self.lengths, counts)))
+        at = None
+        if self.rope is not None:
+            if position_ids is None:
+                position_ids = torch.arange(self.length, self.length + length, device=self.device)[None]
+            position_ids = position_ids.expand(self.rows, -1)
+            self._note_positions(position_ids, valid)
+            if any(group.in_cache for group in self.groups):
+                at = self._angles(position_ids)
+        keys, values = keys.detach(), values.detach()
         for group in self.groups:
             own = list(group.plan.heads)
-            whole = len(own) == keys.shape[1]
-            k = keys if whole else keys[:, own]
-            v = values if whole else values[:, own]
-            if group.plan.positions == "cache":
-                assert positions is not None and self.rope is not None
-                angles = angles or self.rope.angles(positions)
-                at = Rope(angles.cos[:, None], angles.sin[:, None])
+            k, v = (keys, values) if len(own) == keys.shape[1] else (keys[:, own], values[:, own])
+            if group.in_cache:
+                assert at is not None
                 k = unrotated(k, at)
-                if query is not None:
-                    query = self._rotated_in_cache(query, group, at, valid)
+                query = None if query is None else self._rotated_in_cache(query, group, at, valid)
             if group.plan.pivots and self.noted is not None:
                 group.note_pivots(self.noted, valid)
-            group.append(k, v, valid, first)
+            group.append(k, v, valid)
+        if self.draft is not None:
+            begin = self.length - self.draft.length
+            for row, columns in enumerate(self.draft.columns):
+                columns += [begin + column for column in (range(length) if valid is None else valid[row])]
         self.noted = None
         self.length += length
-        return query if query is not None else keys
+        self.lengths = [held + new for held, new in zip(self.lengths, counts, strict=True)]
+        return keys if query is None else query
 
-    def _rotated_in_cache(self, query: Tensor, group: Group, at: Rope, valid: list[Tensor] | None) -> Tensor:
-        """Queries of a group moved from their positions in the text to their indices in the cache."""
+    def _note_positions(self, positions: Tensor, valid: list[list[int]] | None) -> None:
+        """Check that positions [R, T] go on from those before: a key's position is that of the first plus its index.
+
+        Those of a draft may branch, where keys have positions of the text; `finish` checks the path that is kept.
+        """
+        found: list[list[int]] = positions.tolist()
+        if valid is not None:
+            found = [[own[i] for i in columns] for own, columns in zip(found, valid, strict=True)]
+        branching = self.draft is not None and not any(group.in_cache for group in self.groups)
+        if not branching:
+            for row, own in enumerate(found):
+                self._check_chain(row, own, self.lengths[row])
+        for row, own in enumerate(found):
+            if own and self.first[row] is None:
+                self.first[row] = own[0]
+            if self.draft is not None:
+                self.draft.positions[row] += own
+
+    def _check_chain(self, row: int, own: Sequence[int], length: int) -> None:
+        """Raise DataError unless these positions follow the row's `length` tokens, each the one before plus one."""
+        first = self.first[row]
+        if not own:
+            return
+        expected = own[0] if first is None or not length else first + length
+        if list(own) != list(range(expected, expected + len(own))):
+            wrong = next(i for i, position in enumerate(own) if position != expected + i)
+            raise DataError(
+                f"row {row}: position {own[wrong]} comes where {expected + wrong} should. This cache keeps keys before "
+                "rotary embedding, for which positions must follow each other, padding not counted. Give position_ids, "
+                "as generate() does for an attention_mask, and feed each row as one text."
+            )
+
+    def _angles(self, positions: Tensor) -> Rope:
+        """Angles for tokens [R, H, T, d] at positions [R, T]."""
         assert self.rope is not None
-        length, rows = query.shape[2], range(self.rows)
-        positions = torch.zeros((self.rows, length), dtype=torch.long, device=query.device)
-        for row in rows:
-            held = group.tokens(row)
-            if valid is None:
-                positions[row] = torch.arange(held, held + length)
-            else:
-                positions[row, valid[row]] = torch.arange(held, held + len(valid[row]), device=query.device)
         angles = self.rope.angles(positions)
-        per_head = query.shape[1] // sum(len(plan.heads) for plan in self.plan)
-        heads = [head * per_head + i for head in group.plan.heads for i in range(per_head)]
-        moved = rotated(unrotated(query[:, heads], at), Rope(angles.cos[:, None], angles.sin[:, None]))
-        return moved if len(heads) == query.shape[1] else query.index_copy(1, torch.tensor(heads), moved)
+        return Rope(angles.cos[:, None], angles.sin[:, None])
 
-    def _over_lanes(
+    def _rotated_in_cache(self, query: Tensor, group: Group, at: Rope, valid: list[list[int]] | None) -> Tensor:
+        """Queries of a group moved from their positions in the text to their indices in the cache."""
+        positions = torch.zeros((self.rows, query.shape[2]), dtype=torch.long, device=query.device)
+        for row in range(self.rows):
+            columns = slice(None) if valid is None else valid[row]
+            count = query.shape[2] if valid is None else len(valid[row])
+            positions[row, columns] = torch.arange(count, device=query.device) + group.tokens(row)
+        heads = self._query_heads(group, query.shape[1])
+        moved = rotated(unrotated(query[:, heads], at), self._angles(positions))
+        if len(heads) == query.shape[1]:
+            return moved
+        return query.index_copy(1, torch.tensor(heads, device=query.device), moved)
+
+    def _query_heads(self, group: Group, heads: int) -> list[int]:
+        """Which of all query heads read the KV heads of a group."""
+        share = heads // sum(len(plan.heads) for plan in self.plan)
+        return [head * share + i for head in group.plan.heads for i in range(share)]
+
+    def _attend_to_all(
         self,
         query: Tensor,
-        valid: list[Tensor] | None,
+        valid: list[list[int]] | None,
         mask: Tensor | None,
         scaling: float,
         softcap: float | None,
         sliding_window: int | None,
         bias: Tensor | None,
     ) -> Tensor:
-        length = query.shape[2]
-        lanes = [group.lane(row) for group in self.groups for row in range(self.rows)]
-        tail = None if length == 1 and self.marks is None else self._tail(length, valid, mask)
-        first = None if sliding_window is None else self._first_visible(length, valid, sliding_window)
-        if bias is not None:
-            bias = pad_columns(bias, max(lane.tokens for lane in lanes))
-        rope = None
-        if self.rope is not None:
-            rope = self.rope.table(max((_last_position(lane.keys) for lane in lanes), default=0), query.device)
-        options: dict[str, Any] = {
-            "scale": scaling,
-            "rope": rope,
-            "softcap": softcap,
-            "bias": bias,
-            "first_visible": first,
-            "tail_visible": tail,
-        }
-        if length > MAX_QUERIES:
-            return attention_over_dense(query, lanes, **options)
-        return kv_attention(query, lanes, **options)[0]
-
-    def _tail(self, length: int, valid: list[Tensor] | None, mask: Tensor | None) -> Tensor:
-        """bool [R, T, S]: which of the last S tokens, those of the draft and the new ones, each query sees."""
-        drafted = 0 if self.marks is None else self.length - length - self.marked_length
-        span = drafted + length
-        if mask is None:
-            shown = torch.ones((1, length, span), dtype=torch.bool, device=self.device).tril(drafted)
-            return shown.expand(self.rows, -1, -1)
-        shown = mask[:, 0, :, -span:]
-        shown = (shown if shown.dtype == torch.bool else shown == 0).expand(self.rows, -1, -1)
-        if valid is None:
-            return shown
-        aligned = torch.zeros_like(shown)
-        for row, tokens in enumerate(valid):
-            columns = torch.cat([torch.arange(drafted, device=tokens.device), tokens + drafted])
-            aligned[row][:, span - len(columns) :] = shown[row][:, columns]
-        return aligned
-
-    def _first_visible(self, length: int, valid: list[Tensor] | None, window: int) -> Tensor:
-        """int64 [R, T]: the first key in each lane that is within the sliding window of each query."""
-        group = self.groups[0]
-        found = torch.zeros((self.rows, length), dtype=torch.long, device=self.device)
-        for row in range(self.rows):
-            held = group.tokens(row)
-            if valid is None:
-                found[row] = torch.arange(held - length, held, device=self.device) - window + 1
-            else:
-                count = len(valid[row])
-                found[row, valid[row]] = torch.arange(held - count, held, device=self.device) - window + 1
-        return found.clamp_(min=0)
-
-    def _settle(self, *, prefill: bool, sliding_window: int | None = None) -> None:
+        length, span, columns, tail = query.shape[2], query.shape[2], valid, None
+        if self.draft is not None:
+            span, columns = self.length - self.draft.length, self.draft.columns
+        if length > 1 or self.draft is not None:
+            tail = tail_visible(mask, length, span, columns, self.rows, query.device)
+        tail_tokens = [span] * self.rows if columns is None else [len(own) for own in columns]
+        options: dict[str, Any] = {"scale": scaling, "rope": self._rope_table(), "softcap": softcap}
+        options["tail_visible"] = tail
+        attention = attention_over_dense if length > MAX_QUERIES else _over_runs
+        if sliding_window is None or len(self.groups) == 1:
+            lanes = [group.lane(row, group.plan.heads) for group in self.groups for row in range(self.rows)]
+            first = None
+            if sliding_window is not None:
+                first = self._first_visible(self.groups[0], tail, tail_tokens, sliding_window)
+            return attention(query, lanes, bias=_as_wide(bias, lanes), first_visible=first, **options)
+        # groups hold different tokens, so a window begins at another index in each
+        out = torch.empty_like(query)
         for group in self.groups:
-            group.settle(prefill=prefill, unrotate=self._unrotate, sliding_window=sliding_window)
+            heads = self._query_heads(group, query.shape[1])
+            lanes = [group.lane(row, tuple(range(len(group.plan.heads)))) for row in range(self.rows)]
+            first = self._first_visible(group, tail, tail_tokens, sliding_window)
+            own_bias = _as_wide(None if bias is None else bias[:, heads], lanes)
+            out[:, heads] = attention(query[:, heads], lanes, bias=own_bias, first_visible=first, **options)
+        return out
+
+    def _first_visible(self, group: Group, tail: Tensor | None, tail_tokens: Sequence[int], window: int) -> Tensor:
+        held = [group.tokens(row) for row in range(self.rows)]
+        first = first_visible(held, tail, tail_tokens, window, self.device)
+        if group.plan.recent is None or group.in_cache:
+            return first
+        for row, tokens in enumerate(held):
+            if (
+                tokens < self.lengths[row]
+            ):  # tokens after the sinks are gone, so these are farther than their index says
+                first[row].clamp_(min=group.plan.sinks)
+        return first
+
+    def _rope_table(self) -> Rope | None:
+        """Angles for all keys that are held before rotary embedding."""
+        if self.rope is None:
+            return None
+        length = 0
+        for group in self.groups:
+            if group.in_cache:
+                length = max(length, *map(group.tokens, range(self.rows)))
+            elif group.plan.keys.pre_rope:
+                length = max(length, *((at or 0) + count for at, count in zip(self.first, self.lengths, strict=True)))
+        return self.rope.table(length, self.device) if length else None
+
+    def _settle(self, *, prefill: bool, sliding_window: int | None) -> None:
+        if self.draft is None:
+            for group in self.groups:
+                group.settle(self.first, prefill=prefill, unrotate=self._unrotate, sliding_window=sliding_window)
 
     def _unrotate(self, keys: Tensor, first: Sequence[int]) -> Tensor:
-        assert self.rope is not None
         steps = torch.arange(keys.shape[2], device=keys.device)
-        angles = self.rope.angles(torch.tensor(list(first), device=keys.device)[:, None] + steps)
-        return unrotated(keys.float(), Rope(angles.cos[:, None], angles.sin[:, None]))
+        return unrotated(keys.float(), self._angles(torch.tensor(list(first), device=keys.device)[:, None] + steps))
 
-    def _dense(self, row: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a row, [Hk, n, d], as attention sees them."""
-        lanes = [group.lane(row) for group in self.groups]
-        if len({lane.tokens for lane in lanes}) > 1 or any(g.plan.positions == "cache" for g in self.groups):
+    def _check_dense(self) -> None:
+        if any(group.plan.recent is not None for group in self.groups):
             raise CompositionError(
                 "heads of this cache hold different tokens, which dense tensors cannot show. Let the model use the "
                 "attention implementation 'trimtab', as method.new(model) sets it."
             )
-        rope = None
-        if self.rope is not None:
-            rope = self.rope.table(max(_last_position(lane.keys) for lane in lanes), self.device)
-        return dense_lane(lanes, rope, self.dtype)
+        held = {group.tokens(row) for group in self.groups for row in range(self.rows)}
+        if held != {self.length}:
+            raise CompositionError(
+                f"rows of this cache hold {min(held)} to {max(held)} of {self.length} tokens, without padding and what "
+                "sliding windows have passed, which dense tensors cannot show. Set the attention implementation back "
+                "to 'trimtab'."
+            )
+
+    def _dense(self, row: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a row, [Hk, n, d], as attention sees them."""
+        return dense_lane([group.lane(row, group.plan.heads) for group in self.groups], self._rope_table(), self.dtype)
 
     # Transactions.
 
     def begin(self) -> None:
-        self.marks = [[(g.keys.window_tokens(r), g.values.window_tokens(r)) for r in range(g.rows)] for g in self.groups]
-        self.marked_length = self.length
+        windows = [
+            [(group.keys.window_tokens(row), group.values.window_tokens(row)) for row in range(self.rows)]
+            for group in self.groups
+        ]
+        empty: list[list[list[int]]] = [[[] for _ in range(self.rows)] for _ in range(2)]
+        self.draft = Draft(self.length, list(self.lengths), windows, *empty)
 
-    def finish(self, chosen: Sequence[Tensor] | None, *, prefill: bool) -> None:
-        """Keep the chosen drafted tokens of each row (None: all) and encode what has left the window."""
-        assert self.marks is not None
-        if chosen is not None:
-            for group, marks in zip(self.groups, self.marks, strict=True):
-                for row, (in_keys, in_values) in enumerate(marks):
-                    group.keys.keep(row, in_keys, chosen[row])
-                    group.values.keep(row, in_values, chosen[row])
-                    if not len(chosen[row]) and not group.tokens(row):
-                        group.first_positions[row] = None
-            self.length = self.marked_length + max((len(c) for c in chosen), default=0)
-        self.marks = None
-        self._settle(prefill=prefill)
+    def finish(self, paths: Sequence[Sequence[int]] | None) -> None:
+        """Keep the drafted columns of each row's path (None: all) and encode what has left the window."""
+        draft = self.draft
+        assert draft is not None
+        if paths is None:
+            paths, length = draft.columns, self.length
+        else:
+            length = draft.length + max(map(len, paths), default=0)
+        stored = [draft.stored(path, row) for row, path in enumerate(paths)]
+        starts = list(self.first)
+        if self.rope is not None:
+            positions = [[own[i] for i in kept] for own, kept in zip(draft.positions, stored, strict=True)]
+            for row, own in enumerate(positions):
+                self._check_chain(row, own, draft.lengths[row])
+                if not draft.lengths[row]:
+                    starts[row] = own[0] if own else None
+        for group, windows in zip(self.groups, draft.windows, strict=True):
+            for row, (in_keys, in_values) in enumerate(windows):
+                group.keys.keep(row, in_keys, stored[row])
+                group.values.keep(row, in_values, stored[row])
+        self.first, self.length, self.draft = starts, length, None
+        for row, kept in enumerate(stored):
+            self._set_length(row, draft.lengths[row] + len(kept))
+        self._settle(prefill=False, sliding_window=None)
+
+    def _set_length(self, row: int, length: int) -> None:
+        self.lengths[row] = length
+        if not length:
+            self.first[row] = None
+            for group in self.groups:
+                group.pivots[row] = None
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row i what row rows[i] was."""
+        if list(rows) == list(range(self.rows)):
+            return
         self.groups = [group.select(rows) for group in self.groups]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.first = [self.first[row] for row in rows]
+        self.draft = None if self.draft is None else self.draft.select(rows)
+        bias = self.cache.key_bias.get(self.index)
+        if bias is not None:
+            self.cache.key_bias[self.index] = bias[list(rows)]
 
     def copy_for(self, cache: SegmentCache) -> SegmentLayer:
         """The same layer for another cache: runs are shared, windows are copied."""
         other = SegmentLayer(cache, self.index, self.plan, self.rope)
-        other.length, other.is_initialized = self.length, self.is_initialized
-        if self.is_initialized:
-            other.dtype, other.device = self.dtype, self.device
-            other.groups = [group.select(range(group.rows)) for group in self.groups]
+        other.__dict__.update(self.__dict__)
+        other.cache, other.pending, other.noted = cache, None, None
+        other.lengths, other.first = list(self.lengths), list(self.first)
+        other.groups = [group.select(range(group.rows)) for group in self.groups]
         return other
+
+
+def _over_runs(query: Tensor, lanes: Sequence[Lane], **options: Any) -> Tensor:
+    return kv_attention(query, lanes, **options)[0]
+
+
+def _as_wide(bias: Tensor | None, lanes: Sequence[Lane]) -> Tensor | None:
+    """A bias for as many keys as the longest lane has."""
+    return None if bias is None else pad_columns(bias, max(lane.tokens for lane in lanes))
 
 
 def _is_exact(plan: HeadPlan) -> bool:
     return plan.recent is None and all(getattr(p.codec, "bits", 1) == 0 for p in (plan.keys, plan.values))
-
-
-def _valid_tokens(mask: Tensor, length: int) -> Tensor:
-    """bool [R, T]: a token sees itself unless it is padding. mask [R, 1, T, n], bool or additive."""
-    own = mask[:, 0, :, -length:].diagonal(dim1=1, dim2=2)
-    return own if own.dtype == torch.bool else own == 0
-
-
-def _first_positions(positions: Tensor, valid: list[Tensor] | None) -> list[int]:
-    """The position of each row's first valid token."""
-    if valid is None:
-        return [int(p) for p in positions[:, 0]]
-    return [int(positions[row, own[0]]) if len(own) else 0 for row, own in enumerate(valid)]
-
-
-def _last_position(keys: Sequence[Any]) -> int:
-    return max((run.first_position + run.tokens for run in keys if run.first_position is not None), default=0)

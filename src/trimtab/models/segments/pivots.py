@@ -16,7 +16,8 @@ _WATCHED = "_trimtab_watches_inputs"
 def pivot_tokens(hidden: Tensor, count: int) -> Tensor:
     """Of hidden states [T, c], the tokens that hold any of the `count` largest |entries|, ascending."""
     top = hidden.abs().flatten().topk(min(count, hidden.numel())).indices // hidden.shape[-1]
-    return torch.unique(top)
+    found: Tensor = torch.unique(top)
+    return found
 
 
 def watch_inputs(model: PreTrainedModel) -> None:
