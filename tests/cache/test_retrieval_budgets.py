@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.cache._retrieval.budgets import bits_per_head, capacities, full_heads
-from trimtab.cache._retrieval.scores import HeadScores, TrialScore
 from trimtab.core.errors import BudgetError, ConfigError
 
 weights = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=2, max_size=24).filter(
@@ -19,21 +18,14 @@ weights = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=2, ma
 )
 
 
-def head_scores(*copies: tuple[int, int, int]) -> HeadScores:
-    trial = TrialScore(length=10, depth=0.0, span=4, answered=True, copies=copies)
-    sizes = {"layers": 2, "heads": 4, "kv_heads": 2}
-    return HeadScores(model="toy", fingerprint="f", threshold=0.1, trials=(trial,), **sizes)
-
-
 def test_the_best_heads_are_full() -> None:
-    scores = head_scores((1, 3, 4), (0, 2, 2), (1, 0, 2), (1, 1, 1))
-    assert full_heads(scores, 0.0).sum() == 0
-    assert full_heads(scores, 0.25).tolist() == [[False, False], [False, True]]
-    assert full_heads(scores, 0.5).tolist() == [[False, False], [True, True]]  # (1, 0) and (0, 1) tie; the sum decides
-    assert full_heads(scores, 0.75).tolist() == [[False, True], [True, True]]
+    scores, sums = torch.tensor([[0.0, 0.5], [0.5, 1.0]]), torch.tensor([[0.0, 0.5], [0.75, 1.0]])
+    assert full_heads(scores, 0.0, sums).sum() == 0
+    assert full_heads(scores, 0.25, sums).tolist() == [[False, False], [False, True]]
+    assert full_heads(scores, 0.5, sums).tolist() == [[False, False], [True, True]]  # of equal ones the larger sum
+    assert full_heads(scores, 0.5).tolist() == [[False, True], [False, True]]  # or the earlier
+    assert full_heads(scores, 0.75, sums).tolist() == [[False, True], [True, True]]
     assert bool(full_heads(scores, 1.0).all())
-    # nothing to choose by: the earlier first, always the same
-    assert full_heads(head_scores(), 0.5).tolist() == [[True, True], [False, False]]
     for wrong in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match=r"full_fraction must be in \[0, 1\]"):
             full_heads(scores, wrong)

@@ -16,23 +16,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.cache._retrieval.scores import HeadScores
+from trimtab.cache._retrieval.scores import ranked
 from trimtab.core.errors import BudgetError, ConfigError
 
 
-def full_heads(scores: HeadScores, full_fraction: float) -> Tensor:
+def full_heads(scores: Tensor, full_fraction: float, ties: Tensor | None = None) -> Tensor:
     """[layers, KV heads] bool: the heads that keep the whole context, the best `full_fraction` of all by rank.
 
+    scores   [layers, KV heads]
+    ties     the same shape: decides between equal scores (`HeadScores.kv_sums`); then the earlier head is the better
+
     Their number is full_fraction * heads, rounded (halves to even). DuoAttention cuts learned gates at a quantile and
-    breaks ties by noise; here the classes come from retrieval scores, and ties go by the sum over the group, then to
-    the earlier head, so that the same scores give the same classes. Raises ConfigError for a fraction outside [0, 1].
+    breaks ties by noise; here the classes come from retrieval scores, and the same scores give the same classes.
+    Raises ConfigError for a fraction outside [0, 1].
     """
     if not 0 <= full_fraction <= 1:
         raise ConfigError(f"full_fraction must be in [0, 1], not {full_fraction}.")
-    ranking = scores.kv_ranking
-    full = torch.zeros(scores.layers, scores.kv_heads, dtype=torch.bool)
-    for layer, head in ranking[: round(full_fraction * len(ranking))]:
-        full[layer, head] = True
+    full = torch.zeros(scores.shape, dtype=torch.bool)
+    for head in ranked(scores, ties)[: round(full_fraction * scores.numel())]:
+        full[head] = True
     return full
 
 

@@ -135,13 +135,13 @@ class HeadScores:
     @property
     def ranking(self) -> tuple[Head, ...]:
         """All query heads, the highest score first; of equal ones the earlier first."""
-        return _ranked(self.scores)
+        return ranked(self.scores)
 
     @property
     def retrieval_heads(self) -> tuple[Head, ...]:
         """The query heads above the threshold, the highest first."""
         scores = self.scores
-        return tuple(head for head in _ranked(scores) if scores[head] > self.threshold)
+        return tuple(head for head in ranked(scores) if scores[head] > self.threshold)
 
     @property
     def kv_scores(self) -> Tensor:
@@ -149,9 +149,14 @@ class HeadScores:
         return self._grouped.amax(dim=-1)
 
     @property
+    def kv_sums(self) -> Tensor:
+        """[layers, KV heads]: the sum over each group, by which ties of `kv_scores` are broken."""
+        return self._grouped.sum(dim=-1)
+
+    @property
     def kv_ranking(self) -> tuple[Head, ...]:
         """All KV heads, the highest score first; ties by the sum over the group, then the earlier first."""
-        return _ranked(self.kv_scores, self._grouped.sum(dim=-1))
+        return ranked(self.kv_scores, self.kv_sums)
 
     @property
     def _grouped(self) -> Tensor:
@@ -249,15 +254,15 @@ def stability(one: HeadScores, other: HeadScores, top: int | None = 20) -> float
             f"scores of {one.layers} x {one.heads} and {other.layers} x {other.heads} heads do not compare."
         )
     a, b = one.scores, other.scores
-    layers, heads = zip(*_ranked(a + b)[:top], strict=True)
+    layers, heads = zip(*ranked(a + b)[:top], strict=True)
     a, b = a[list(layers), list(heads)], b[list(layers), list(heads)]
     if bool((a == a[0]).all()) or bool((b == b[0]).all()):
         raise ConfigError(f"the rank correlation of {len(a)} heads is undefined: one side scores them all alike.")
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def _ranked(scores: Tensor, second: Tensor | None = None) -> tuple[Head, ...]:
-    """Indices of a [layers, heads] tensor, the highest first; ties by `second`, then in order."""
-    ties = torch.zeros_like(scores) if second is None else second
+def ranked(scores: Tensor, ties: Tensor | None = None) -> tuple[Head, ...]:
+    """Indices of a [layers, heads] tensor, the highest first; ties by another such tensor, then the earlier first."""
+    second = torch.zeros_like(scores) if ties is None else ties
     indices = [(layer, head) for layer in range(scores.shape[0]) for head in range(scores.shape[1])]
-    return tuple(sorted(indices, key=lambda at: (-float(scores[at]), -float(ties[at]), at)))
+    return tuple(sorted(indices, key=lambda at: (-float(scores[at]), -float(second[at]), at)))
