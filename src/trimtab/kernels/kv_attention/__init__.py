@@ -6,13 +6,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from trimtab.kernels.kv_attention import triton
 from trimtab.kernels.kv_attention.reference import kv_attention_reference
 from trimtab.kernels.kv_attention.run import Lane, Rope, Run
-from trimtab.kernels.op import KernelOp
+from trimtab.kernels.op import Backend, KernelOp
 
 __all__ = ["KV_ATTENTION", "Lane", "Rope", "Run", "kv_attention"]
 
-KV_ATTENTION = KernelOp("kv_attention", reference=kv_attention_reference, backends=())
+KV_ATTENTION = KernelOp(
+    "kv_attention",
+    reference=kv_attention_reference,
+    backends=(Backend("triton", run=triton.kv_attention_triton, absent=triton.absent, refuses=triton.refuses),),
+)
 
 
 def kv_attention(
