@@ -43,7 +43,7 @@ def fenced_outputs(at_end: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.empty = empty  # type: ignore[assignment]
+        torch.empty = empty
 
 
 def run_guarded(code: str, isa: str) -> None:

@@ -62,14 +62,17 @@ def use_fast_linear(model: nn.Module) -> FastLinear:
     stay as they are; copies (deepcopy, pickle) are plain. A module that is fast already is left to its handle. Where no
     native kernel can run, or TRIMTAB_KERNELS names another one, nothing changes and `unchanged` says why.
     """
-    everywhere, modules, unchanged = _nowhere(), {}, {}
+    everywhere = _nowhere()
+    modules: dict[str, nn.Linear] = {}
+    unchanged: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            continue
-        if reason := everywhere or _not_fast(module):
-            unchanged[name] = reason
-        else:
-            modules[name] = module
+        if isinstance(module, Conv1D):
+            unchanged[name] = everywhere or "a Conv1D keeps its weight as [in, out], and half_linear reads [out, in]"
+        elif isinstance(module, nn.Linear):
+            if reason := everywhere or _not_fast(module):
+                unchanged[name] = reason
+            else:
+                modules[name] = module
     return FastLinear(modules, unchanged)
 
 
@@ -84,9 +87,7 @@ def _nowhere() -> str | None:
     return None
 
 
-def _not_fast(module: nn.Module) -> str | None:
-    if isinstance(module, Conv1D):
-        return "a Conv1D keeps its weight as [in, out], and half_linear reads [out, in]"
+def _not_fast(module: nn.Linear) -> str | None:
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain nn.Linear"
     if isinstance(own := module.__dict__.get("forward"), _FewRows):
@@ -131,5 +132,5 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.dtype == x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
