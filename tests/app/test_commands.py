@@ -185,10 +185,46 @@ def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
     shapes = [bench.Shape(64, 128, 1, traffic_bytes=1 << 16), bench.Shape(64, 128, 4, traffic_bytes=1 << 16)]
     monkeypatch.setattr("trimtab.kernels.bandwidth._BUFFER_BYTES", 1 << 20)
-    monkeypatch.setitem(bench.BENCHMARKS, "grid-matmul", lambda: bench.grid_matmul_bench(shapes, bits=[4]))
+    monkeypatch.setattr(bench, "BENCHMARKS", {"grid-matmul": lambda: bench.grid_matmul_bench(shapes, bits=[4])})
     told = cli("bench", "grid-matmul", "--json").json
     assert len(told) == 4
     assert all({"bench", "system", "setting", "decode_ms_median"} <= set(entry) for entry in told)
     table = cli("bench").out
     assert table.count("torch/bf16-linear") == 2
     assert "bandwidth" in table
+
+
+def test_bench_of_decoding_with_a_long_context(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.evaluation.kv_decode import _run
+
+    figures = {
+        "decode_ms_median": 1.5,
+        "attention_ms_median": 0.5,
+        "prefill_s_median": 2.5,
+        "kv_bytes": 123456,
+        "short_kv_bytes": 456,
+        "peak_rss_bytes": 7654321,
+    }
+    monkeypatch.setattr("trimtab.kernels.bandwidth._BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(
+        _run,
+        "measure_system",
+        lambda system, *_: {"error": "it broke"} if system.library == "llama.cpp" else dict(figures),
+    )
+    monkeypatch.setattr(
+        "trimtab.evaluation.kv_decode.systems._is_installed", lambda module: module not in ("hqq", "kvpress")
+    )
+    monkeypatch.setattr(_run, "make_model", lambda *_, **__: None)
+    command = ("bench", "kv-decode", "--context", "128", "--systems", "transformers,kvpress,llama.cpp/f16")
+    told = cli(*command, "--json")
+    entries = {entry["system"]: entry for entry in told.json}
+    measured = entries["transformers/dynamic-bf16"]
+    assert {"bench", "context", "bandwidth_share"} <= set(measured)
+    assert figures.items() <= measured.items()
+    assert "pip install" in entries["transformers/hqq-4"]["skipped"]
+    assert entries["llama.cpp/f16"]["error"] == "it broke"
+    assert "transformers/quanto-4" in told.err
+    table = cli(*command).out
+    assert "123,456" in table
+    assert "transformers/hqq-4: skipped" in table
+    assert "llama.cpp/f16: error: it broke" in table

@@ -107,6 +107,12 @@ def test_unknown_model(refused: Refused, command: list[str]) -> None:
         (["train", "ref", "--text", "nowhere", "-o", "out"], ["nowhere"]),
         (["claims", "gtpq"], ["gtpq"]),
         (["bench", "no-such-bench"], ["no-such-bench"]),
+        (["bench", "kv-decod"], ["kv-decod", "'kv-decode'"]),
+        (["bench", "grid-matmul", "--context", "128"], ["--context", "kv-decode"]),
+        (["bench", "kv-decode", "--context", "64"], ["context", "64"]),
+        (["bench", "kv-decode", "--systems", "lama.cpp"], ["unknown system 'lama.cpp'", "llama.cpp"]),
+        (["bench", "kv-decode", "--caches", "gptq-4"], ["gptq-4", "not a cache"]),
+        (["bench", "kv-decode", "--threads", "0"], ["--threads", "0"]),
     ],
 )
 def test_other_commands_refuse_before_they_load_a_model(refused: Refused, command: list[str], names: list[str]) -> None:
