@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
+import torch
+
 from trimtab.cache.base import CacheMethod, Fitted, LayerShape
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.info import info_of, tokenizer_of
@@ -44,8 +46,8 @@ def new_cache(method: CacheMethod, model: PreTrainedModel) -> SegmentCache:
 
 
 def fitted_key(method: CacheMethod) -> str:
-    """Under which name a model keeps what was fitted: the method, and a digest of its options."""
-    options = json.dumps(method.to_dict(), sort_keys=True)
+    """Under which name a model keeps what was fitted: the method, and a digest of the options that count."""
+    options = json.dumps(dict(method.fit_options()), sort_keys=True)
     return f"{type(method).name()}-{hashlib.sha256(options.encode()).hexdigest()[:12]}"
 
 
@@ -58,5 +60,6 @@ def fitted_for(method: CacheMethod, model: PreTrainedModel, calibration: Calibra
     if key not in known or calibration is not None:
         if calibration is None:
             calibration = CalibrationSet.from_text(None, tokenizer_of(model), sequences=SEQUENCES, length=LENGTH)
-        known[key] = method.fit(model, calibration)
+        with torch.inference_mode(False), torch.no_grad():  # what is learnt outlives the caller's mode
+            known[key] = method.fit(model, calibration)
     return known[key]

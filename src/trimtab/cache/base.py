@@ -66,6 +66,10 @@ class CacheMethod(Method):
         """What is learnt from calibration text, as tensors to store; only calibrated methods have something."""
         return {}
 
+    def fit_options(self) -> Mapping[str, object]:
+        """The options that `fit` depends on: methods that differ in others share what was learnt."""
+        return self.to_dict()
+
     def new(self, model: PreTrainedModel) -> SegmentCache:
         """An empty cache for this model, to be given as `past_key_values`.
 

@@ -1,12 +1,12 @@
 """Keep every key and value as it is, and read them at the speed of memory.
 
-Paper: Tri Dao, Daniel Haziza, Francisco Massa, Grigory Sizov, "Flash-Decoding for long-context inference", Stanford CRFM
-blog, 2023.
+Paper: Tri Dao, Daniel Haziza, Francisco Massa, Grigory Sizov, "Flash-Decoding for long-context inference", Stanford
+CRFM blog, 2023.
 
 The baseline that every other cache is measured against: nothing is lost. Attention to a long history is split over
 tokens, each part computes its scores, their maximum, sum and weighted values, and the parts are merged by their
-log-sum-exp; query heads that share a KV head share each read. The paper does so on GPUs; here it is the CPU kernel too.
-History is stored in blocks that never move, so a step copies nothing.
+log-sum-exp; query heads that share a KV head share each read. The paper does so on GPUs; here it is the CPU kernel
+too. History is stored in blocks that never move, so a step copies nothing.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """A quantized backbone, a low-rank correction of its error, and the outliers kept exactly.
 
-Paper: Hao Kang, Qingru Zhang, Souvik Kundu, Geonhwa Jeong, Zaoxing Liu, Tushar Krishna, Tuo Zhao, "GEAR: An Efficient KV
-Cache Compression Recipe for Near-Lossless Generative Inference of LLM", 2024, arXiv:2403.05527.
+Paper: Hao Kang, Qingru Zhang, Souvik Kundu, Geonhwa Jeong, Zaoxing Liu, Tushar Krishna, Tuo Zhao, "GEAR: An Efficient
+KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM", 2024, arXiv:2403.05527.
 
     X ~ D^ + A B^T, overwritten by S
 
-S holds the `outliers` / 2 largest and smallest entries of each vector: of a channel of keys over the block, of a token of
-values over all heads. They are replaced by the mean of their vector, what remains is quantized to D^, and A B^T is the
-low-rank part of the residual of each head, by power iteration; the residual is zero where there are outliers. Exact
-tokens gather in a buffer; a full buffer is encoded on its own, with factors of its own.
+S holds the `outliers` / 2 largest and smallest entries of each vector: of a channel of keys over the block, of a
+token of values over all heads. They are replaced by the mean of their vector, what remains is quantized to D^, and A
+B^T is the low-rank part of the residual of each head, by power iteration; the residual is zero where there are
+outliers. Exact tokens gather in a buffer; a full buffer is encoded on its own, with factors of its own.
 
-Departures: power iteration starts from normal numbers of a fixed seed and orthonormalises in each pass, because uniform
-ones are nearly of rank one; the official code uses the projection of the first row for the whole batch. A block of
-generated tokens is encoded once; the official streaming path encodes the whole, already encoded, past again. Ranks and
-outliers are set apart for keys and values, since low rank helps keys and outliers help values. A vector shorter than
-2 / outliers has no outliers: keys of generated blocks of 64 tokens, with the paper's 2 %.
+Departures: power iteration starts from normal numbers of a fixed seed and orthonormalises in each pass, because
+uniform ones are nearly of rank one; the official code uses the projection of the first row for the whole batch. A
+block of generated tokens is encoded once; the official streaming path encodes the whole, already encoded, past again.
+Ranks and outliers are set apart for keys and values, since low rank helps keys and outliers help values. A vector
+shorter than 2 / outliers has no outliers: keys of generated blocks of 64 tokens, with the paper's 2 %.
 """
 
 from __future__ import annotations

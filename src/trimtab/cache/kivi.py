@@ -1,16 +1,17 @@
 """Keys quantized per channel, values per token, recent tokens exact; no calibration.
 
-Paper: Zirui Liu, Jiayi Yuan, Hongye Jin, Shaochen Zhong, Zhaozhuo Xu, Vladimir Braverman, Beidi Chen, Xia Hu, "KIVI: A
-Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024, arXiv:2402.02750.
+Paper: Zirui Liu, Jiayi Yuan, Hongye Jin, Shaochen Zhong, Zhaozhuo Xu, Vladimir Braverman, Beidi Chen, Xia Hu, "KIVI:
+A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024, arXiv:2402.02750.
 
 Keys have a few channels of large magnitude, the same for all tokens, and values have none. So a group of keys is
-`group_size` consecutive tokens of one channel, which confines the error of a large channel to that channel, and a group of values is
-`group_size` channels of one token, which confines the error of a token to that token. In a group x
+`group_size` consecutive tokens of one channel, which confines the error of a large channel to that channel, and a
+group of values is `group_size` channels of one token, which confines the error of a token to that token. In a group x
 
     s = (max x - min x) / (2^bits - 1)     code = round((x - min x) / s)     x^ = code s + min x
 
-with s and min x in float16, rounded before the codes are computed. A prompt attends to exact keys and values; then keys
-are quantized in blocks of `window` tokens, so 0 to window - 1 recent ones are exact, and so are the last `window` values.
+with s and min x in float16, rounded before the codes are computed. A prompt attends to exact keys and values; then
+keys are quantized in blocks of `window` tokens, so 0 to window - 1 recent ones are exact, and so are the last
+`window` values.
 
 Departures: values leave the window in blocks of 32 tokens instead of one by one, so window to window + 31 of them are
 exact (their codes are the same). A group of equal numbers is stored exactly; the official code divides by zero there.
@@ -51,8 +52,8 @@ class Kivi(CacheMethod):
             raise ConfigError(f"kivi: group_size={self.group_size} is not a multiple of 16.")
         if self.window < self.group_size or self.window % self.group_size:
             raise ConfigError(
-                f"kivi: window={self.window} is not a multiple of group_size={self.group_size}: keys leave the window in "
-                "whole groups of tokens."
+                f"kivi: window={self.window} is not a multiple of group_size={self.group_size}: keys leave the "
+                "window in whole groups of tokens."
             )
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
