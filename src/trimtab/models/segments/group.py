@@ -163,7 +163,7 @@ class Group:
         return other
 
     def can_crop(self, row: int, count: int, length: int, sliding_window: int | None) -> bool:
-        """The last `count` of the row's `length` tokens are exact, and nothing is gone that a shorter text attends to."""
+        """The last `count` of the row's `length` tokens are exact; nothing is gone that a shorter text attends to."""
         evicted = length - self.forgotten[row] - self.tokens(row)
         seen_from = 0 if sliding_window is None else max(0, length - count - sliding_window + 1)
         exact = all(_exact_tail(side, row) >= count for side in self.sides)

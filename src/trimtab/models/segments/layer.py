@@ -84,8 +84,8 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.rows:
             raise DataError(
-                f"the cache holds {self.rows} rows, the new tokens are {key_states.shape[0]}. Use a cache per batch, or "
-                "reorder it."
+                f"the cache holds {self.rows} rows, the new tokens are {key_states.shape[0]}. Use a cache for each "
+                "batch, or reorder it."
             )
         if self.cache.has_backend():
             self.pending = key_states, value_states
@@ -305,7 +305,6 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             span, columns = self.length - self.draft.length, self.draft.columns
         if length > 1 or self.draft is not None:
             tail = tail_visible(mask, length, span, columns, self.rows, query.device)
-        tail_tokens = [span] * self.rows if columns is None else [len(own) for own in columns]
         options: dict[str, Any] = {"scale": scaling, "rope": self._rope_table(), "softcap": softcap}
         options["tail_visible"] = tail
         attention = attention_over_dense if length > MAX_QUERIES else _over_runs
@@ -313,27 +312,25 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             lanes = [group.lane(row, group.plan.heads) for group in self.groups for row in range(self.rows)]
             first = None
             if sliding_window is not None:
-                first = self._first_visible(self.groups[0], tail, tail_tokens, sliding_window)
+                first = self._first_visible(self.groups[0], tail, sliding_window)
             return attention(query, lanes, bias=_as_wide(bias, lanes), first_visible=first, **options)
         # groups hold different tokens, so a window begins at another index in each
         out = torch.empty_like(query)
         for group in self.groups:
             heads = self._query_heads(group, query.shape[1])
             lanes = [group.lane(row, tuple(range(len(group.plan.heads)))) for row in range(self.rows)]
-            first = self._first_visible(group, tail, tail_tokens, sliding_window)
+            first = self._first_visible(group, tail, sliding_window)
             own_bias = _as_wide(None if bias is None else bias[:, heads], lanes)
             out[:, heads] = attention(query[:, heads], lanes, bias=own_bias, first_visible=first, **options)
         return out
 
-    def _first_visible(self, group: Group, tail: Tensor | None, tail_tokens: Sequence[int], window: int) -> Tensor:
+    def _first_visible(self, group: Group, tail: Tensor | None, window: int) -> Tensor:
         held = [group.tokens(row) for row in range(self.rows)]
-        first = first_visible(held, tail, tail_tokens, window, self.device)
+        first = first_visible(held, tail, window, self.device)
         if group.plan.recent is None or group.in_cache:
             return first
         for row, tokens in enumerate(held):
-            if (
-                tokens < self.lengths[row]
-            ):  # tokens after the sinks are gone, so these are farther than their index says
+            if tokens < self.lengths[row]:  # after the sinks tokens are gone, so sinks are farther than it seems
                 first[row].clamp_(min=group.plan.sinks)
         return first
 

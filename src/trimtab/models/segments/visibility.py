@@ -28,7 +28,8 @@ def tail_visible(
     """bool [R, length, span]: which of the last `span` tokens each of the last `length` queries sees.
 
     mask      as above; None: all tokens up to the query's own
-    columns   for each row, which of the last `span` columns are tokens; None: all. They end up on the right
+    columns   for each row, which of the last `span` columns are tokens; None: all. They end up on the right, and what
+              is left of them stands for older tokens, which are visible
     """
     if mask is None:
         shown = torch.ones((1, length, span), dtype=torch.bool, device=device).tril(span - length)
@@ -38,25 +39,24 @@ def tail_visible(
     shown = shown.expand(rows, -1, -1)
     if columns is None or all(len(own) == span for own in columns):
         return shown
-    moved = torch.zeros_like(shown)
+    moved = torch.ones_like(shown)
     for row, own in enumerate(columns):
         moved[row, :, span - len(own) :] = shown[row][:, own]
     return moved
 
 
 def first_visible(
-    held: Sequence[int], tail: Tensor | None, tail_tokens: Sequence[int], window: int, device: torch.device
+    held: Sequence[int], tail: Tensor | None, window: int, device: torch.device
 ) -> Tensor:
     """int64 [R, length]: the first of the tokens held that is within a sliding window of each query.
 
     A query's place in the text follows the tokens before the tail and those of the tail that it sees, which holds for
     a path of a tree too.
 
-    held          for each row, tokens held
-    tail          as `tail_visible` returns it; None: one query, which sees all
-    tail_tokens   for each row, how many of the tokens held are the tail's
+    held   for each row, tokens held
+    tail   as `tail_visible` returns it; None: one query, which sees all
     """
     if tail is None:
         return torch.tensor([[max(0, n - window)] for n in held], device=device)
-    before = torch.tensor([n - own for n, own in zip(held, tail_tokens, strict=True)], device=device)
-    return (before[:, None] + tail.sum(dim=-1) - window).clamp_(min=0)
+    older = [n - tail.shape[2] for n in held]  # negative where padding fills the tail, which then counts as visible
+    return (torch.tensor(older, device=device)[:, None] + tail.sum(dim=-1) - window).clamp_(min=0)
