@@ -89,7 +89,7 @@ def _same(left: Run, right: Run) -> bool:
 
 
 @each_codec
-@pytest.mark.parametrize("tokens", [1, 2, 16, 31, 32, 33, 100])
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100])
 def test_runs_have_the_layout_that_they_say(codec: KVCodec, tokens: int) -> None:
     (run,) = codec.encode(BLOCK.pre[None, :, :tokens])
     tiles = -(-tokens // TILE)

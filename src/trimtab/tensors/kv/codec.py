@@ -191,6 +191,7 @@ class KVCodec:
         flat = None
         if self.outliers is not None:
             flat, values = self.outliers.split_(y, tokens, quantile=self.range_rule == "quantile")
+            y[..., tokens:] = y[..., tokens - 1 : tokens]
             kept_in = torch.float16 if x.dtype == torch.float32 else x.dtype
             stored = outlier_rows(flat, values, (rows, heads, dim, y.shape[2]), tiles(tokens), kept_in)
             batched |= dict(zip(("outlier_starts", "outlier_places", "outlier_values"), stored, strict=True))

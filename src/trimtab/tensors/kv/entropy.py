@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,4 +27,5 @@ def joint_and_marginal_entropy(x: Tensor, coupled: int, *, bins: int = 16) -> tu
 def _entropy(symbols: Tensor) -> Tensor:
     _, counts = torch.unique(symbols, return_counts=True)
     p = counts.double() / len(symbols)
-    return (p * p.log2()).sum().neg()
+    nats: Tensor = torch.special.entr(p).sum()
+    return nats / math.log(2)

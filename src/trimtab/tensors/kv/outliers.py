@@ -55,30 +55,36 @@ class OutlierRule:
     def split_(self, y: Tensor, tokens: int, *, quantile: bool) -> tuple[Tensor, Tensor]:
         """Take the outliers out of y [R, C, P]: their int64 places in the flat y, unordered, and their values.
 
-        Only the first `tokens` of the P are looked at; a place may come twice. By fraction, y gets in their place the
-        mean of their vector (GEAR) or, with `quantile`, the limit of what remains (KVQuant). Entries outside limits
-        stay as they are: codes saturate.
+        Only the first `tokens` of the P are looked at. By fraction, y gets in their place the mean of their vector
+        (GEAR) or, with `quantile`, the limit of what remains (KVQuant). Entries outside limits stay as they are: codes
+        saturate.
         """
         inside = y[..., :tokens]
         if self.lower is not None and self.upper is not None:
             flat = self._outside(inside, y, self.lower.flatten()[:, None], self.upper.flatten()[:, None])
             return flat, y.flatten()[flat]
         dim = 2 if self.along == "tokens" else 1
-        k = self.per_side(inside.shape[dim], quantile=quantile)
+        length = inside.shape[dim]
+        k = self.per_side(length, quantile=quantile)
         if k == 0:
             return torch.empty(0, dtype=torch.int64, device=y.device), y.new_empty(0)
-        vectors = inside if dim == 2 else inside.transpose(1, 2).contiguous()  # top-k is fast along the last one
-        beyond = min(k + quantile, vectors.shape[2])
-        high, low = vectors.topk(beyond), vectors.topk(beyond, largest=False)
-        places = torch.cat([high.indices[..., :k], low.indices[..., :k]], dim=2)
-        values = torch.cat([high.values[..., :k], low.values[..., :k]], dim=2)
+
+        def turned(t: Tensor) -> Tensor:
+            return t if dim == 2 else t.transpose(1, 2)
+
+        vectors = turned(inside).clone(memory_format=torch.contiguous_format)  # top-k is fast along the last dimension
+        mean = vectors.mean(2, keepdim=True)
+        high = vectors.topk(min(k + quantile, length))
+        high_places = high.indices[..., :k]
+        vectors.scatter_(2, high_places, torch.inf)  # or equal numbers would be chosen on both sides
+        low_count = min(k, length - k)
+        low = vectors.topk(min(low_count + quantile, length), largest=False)
+        places = torch.cat([high_places, low.indices[..., :low_count]], dim=2)
+        values = torch.cat([high.values[..., :k], low.values[..., :low_count]], dim=2)
         if quantile:
-            limits = low.values[..., -1:], high.values[..., -1:]
-            inside.clamp_(*(limit if dim == 2 else limit.transpose(1, 2) for limit in limits))
+            inside.clamp_(turned(low.values[..., -1:]), turned(high.values[..., -1:]))
         else:
-            mean = vectors.mean(2, keepdim=True).expand_as(places)
-            indices = places if dim == 2 else places.transpose(1, 2)
-            inside.scatter_(dim, indices, mean if dim == 2 else mean.transpose(1, 2))
+            inside.scatter_(dim, turned(places), turned(mean.expand_as(places)))
         row = torch.arange(y.shape[0], device=y.device)[:, None, None] * y.shape[1]
         vector = torch.arange(places.shape[1], device=y.device)[:, None]
         flat = (row + vector) * y.shape[2] + places if dim == 2 else (row + places) * y.shape[2] + vector
@@ -108,9 +114,7 @@ def outlier_rows(
     rows, heads, dim, padded = shape
     head, channel, token = flat // (dim * padded), flat // padded % dim, flat % padded
     key, order = (((head * tiles + token // TILE) * dim + channel) * TILE + token % TILE).sort()
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    key, values = key[first], values[order][first]
+    values = values[order]
     if dtype == torch.float16:
         values = values.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     counts = torch.bincount(key // (dim * TILE), minlength=rows * heads * tiles).view(rows, -1)

@@ -70,7 +70,8 @@ def formula_bits(
         entries = 0
         if rule.fraction:
             length = tokens if rule.along == "tokens" else heads * head_dim
-            entries = 2 * rule.per_side(length, quantile=codec.range_rule == "quantile") * (elements // length)
+            side = rule.per_side(length, quantile=codec.range_rule == "quantile")
+            entries = (side + min(side, length - side)) * (elements // length)
         pointers = heads * tiles(tokens) + 1
         bits["outliers"] = (entries * (16 + 16) + 32 * pointers) / elements
     shared = [tensor for tensor in (codec.codebook, codec.levels, codec.order) if tensor is not None]
