@@ -3,6 +3,7 @@
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
+    python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
 
 Result files are added and not edited; a second run on the same day and machine replaces that day's file.
 """
@@ -56,10 +57,18 @@ def evaluate() -> tuple[dict[str, Any], int]:
     return {"models": {name: trimtab("evaluate", name, "--json")[0] for name in ("ref", "ref-mini")}}, 0
 
 
+def kv_decode() -> tuple[dict[str, Any], int]:
+    """trimtab's caches and other libraries', at the default setting."""
+    command = ("bench", "kv-decode", "--seed", "0", "--json")
+    entries, status = trimtab(*command)
+    return {"command": " ".join(("trimtab", *command)), "seed": 0, "entries": entries}, status
+
+
 THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {
     "compare": compare,
     "claims": claims,
     "evaluate": evaluate,
+    "kv-decode": kv_decode,
 }
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
-import trimtab.models as models
+import trimtab
+from trimtab import models
 from trimtab.core.registry import method_class
 from trimtab.evaluation.kv_decode.measure import Setting
+from trimtab.kernels.bandwidth import kernel_report
 from trimtab.kernels.op import KERNELS_VARIABLE
 
 
@@ -90,15 +92,25 @@ class TorchSession:
         return self.logits()
 
     def facts(self) -> dict[str, Any]:
-        """Version, and how the bytes were counted."""
+        """Version, how the bytes were counted, and for trimtab's systems the kernels that run here."""
         source = "storage of the cache's tensors" if self._count is None else "the cache's own count of its buffers"
-        return {"library": f"{self._library} {importlib.metadata.version(self._library)}", "kv_bytes_from": source}
+        facts: dict[str, Any] = {"library": f"{self._library} {_version(self._library)}", "kv_bytes_from": source}
+        if self._reference:
+            available = [kernel for kernel in kernel_report() if kernel["available"]]
+            # the fastest is first; a backend that is missing must not look like one that is slow
+            facts["kernels"] = {kernel["operation"]: kernel["backend"] for kernel in reversed(available)}
+        return facts
 
 
 def open_dynamic(directory: Path, setting: Setting, *, fast_linear: bool) -> TorchSession:
     """transformers' default cache, keys and values in the model's dtype; with trimtab's linear layers if asked for."""
     model = _load(directory, fast_linear=fast_linear)
-    return TorchSession(model, lambda: DynamicCache(config=model.config), library="transformers", reference=fast_linear)
+    return TorchSession(
+        model,
+        lambda: DynamicCache(config=model.config),
+        library="trimtab" if fast_linear else "transformers",
+        reference=fast_linear,
+    )
 
 
 def open_quantized(directory: Path, setting: Setting, *, backend: str, bits: int) -> TorchSession:
@@ -149,6 +161,10 @@ def _reference_kernels() -> Iterator[None]:
         del os.environ[KERNELS_VARIABLE]
         if before is not None:
             os.environ[KERNELS_VARIABLE] = before
+
+
+def _version(library: str) -> str:
+    return trimtab.__version__ if library == "trimtab" else importlib.metadata.version(library)
 
 
 def tensor_bytes(holder: object) -> int:
