@@ -6,16 +6,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.core.errors import ConfigError
 from trimtab.evaluation.base import Comparison, Document, Request, Response, Task, TaskResult
+from trimtab.evaluation.caches.named import cache_method
 from trimtab.evaluation.client import LocalClient
 from trimtab.evaluation.comparison import compare
 from trimtab.evaluation.tasks import task, task_names
 from trimtab.models import load, tokenizer_of
+
+if TYPE_CHECKING:
+    from trimtab.cache.base import CacheMethod
 
 Results = Mapping[str, TaskResult]
 
@@ -30,6 +34,7 @@ def evaluate(
     reference: PreTrainedModel | str | Results | None = None,
     text: str | Path | None = None,
     batch_tokens: int = 2048,
+    cache: CacheMethod | str | None = None,
 ) -> dict[str, TaskResult]:
     """Ask the model the documents of some tasks; metrics come with 95 % intervals.
 
@@ -41,6 +46,8 @@ def evaluate(
                   result then holds paired comparisons with it, recovery included
     text          a UTF-8 file for the task "prose" instead of the shipped prose
     batch_tokens  tokens per forward pass; changes speed and memory, not results
+    cache         a method of the cache room, or its name for its default options: keys and values are kept by it and
+                  texts are read in chunks (see `evaluation/caches/decoding.py`). The reference has no cache
 
     Returns results by task name, in the order asked. Raises ConfigError for an unknown task, or a `text` that no task
     reads; DataError for text that cannot be used; BudgetError for documents that do not fit the model's context.
@@ -52,7 +59,8 @@ def evaluate(
         base = reference
     elif reference is not None:
         base = evaluate(reference, chosen, tokenizer=tokenizer, limit=limit, seed=seed, batch_tokens=batch_tokens)
-    client = LocalClient(subject, tokenizer or tokenizer_of(subject), batch_tokens=batch_tokens)
+    method = cache_method(cache) if isinstance(cache, str) else cache
+    client = LocalClient(subject, tokenizer or tokenizer_of(subject), batch_tokens=batch_tokens, cache=method)
     results = ask(client, {one.name: (one, one.documents(limit, seed)) for one in chosen})
     if base is None:
         return results

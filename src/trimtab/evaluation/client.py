@@ -19,11 +19,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trimtab.core.errors import BudgetError, ConfigError, NumericsError
 from trimtab.core.progress import progress
 from trimtab.evaluation.base import Generate, LogLikelihood, Request, Response
+from trimtab.evaluation.caches.decoding import CHUNK, chunked_logits
 from trimtab.evaluation.encoding import Encoder, Forward, Scored, batches, forwards
 from trimtab.evaluation.stop_strings import cut_at_stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from trimtab.cache.base import CacheMethod
 
 DEFAULT_WINDOW = 2048
 _LOGITS_PER_BATCH = 1 << 25  # numbers; 128 MiB in float32
@@ -48,6 +51,9 @@ class LocalClient:
     overflow       what to do with a prompt that does not fit the context: "error" raises BudgetError, "truncate"
                    drops tokens on its left and counts the prompt in `truncated`
     context        most tokens the model reads; default from its configuration
+    cache          keep keys and values by this method: every batch has a new cache, and texts are read through it in
+                   chunks, because a single forward pass attends to exact keys and would not show what the cache loses
+    chunk          tokens per forward pass with a cache
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class LocalClient:
         stride: int | None = None,
         overflow: Literal["error", "truncate"] = "error",
         context: int | None = None,
+        cache: CacheMethod | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         if batch_tokens < 1:
             raise ConfigError(f"batch_tokens must be at least 1, but is {batch_tokens}.")
@@ -72,6 +80,9 @@ class LocalClient:
         self.batch_tokens = max(1, min(batch_tokens, _LOGITS_PER_BATCH // vocabulary))
         self.overflow = overflow
         self.truncated = 0
+        self.cache, self.chunk = cache, chunk
+        if cache is not None:
+            cache.new(model)  # refuses, or fits itself, before anything is asked
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -171,6 +182,8 @@ class LocalClient:
     def _logits(self, group: list[Forward], kept: Tensor) -> Tensor:
         """[rows, kept positions, vocabulary]. Padding repeats the last token: it is never read."""
         width = len(group[0].inputs)
+        if self.cache is not None:
+            return self._cached_logits([row.inputs for row in group], kept, self.cache)
         padded = [row.inputs + (row.inputs[-1],) * (width - len(row.inputs)) for row in group]
         ids = torch.tensor(padded, device=self.model.device)
         if self._keeps_logits:
@@ -178,6 +191,16 @@ class LocalClient:
             return logits
         logits = self.model(input_ids=ids, use_cache=False).logits
         return logits[:, kept]
+
+    def _cached_logits(self, rows: list[tuple[int, ...]], kept: Tensor, cache: CacheMethod) -> Tensor:
+        """The same, each token given what the cache has kept of the chunks before; zeros past the end of a row."""
+        parts = []
+        for begin, logits in chunked_logits(self.model, rows, cache.new(self.model), chunk=self.chunk):
+            own = kept[(kept >= begin) & (kept < begin + logits.shape[1])] - begin
+            part = logits.new_zeros((len(rows), len(own), logits.shape[2]))
+            part[: logits.shape[0]] = logits[:, own]
+            parts.append(part)
+        return torch.cat(parts, dim=1)
 
     def _next_text(self, ids: tuple[int, ...], token: int) -> str:
         return self._text_after(list(ids), [token])
@@ -217,7 +240,9 @@ class LocalClient:
             no_repeat_ngram_size=0,
             eos_token_id=ends or None,
             pad_token_id=pad,
+            prefill_chunk_size=None if self.cache is None else self.chunk,
         )
+        own = {} if self.cache is None else {"past_key_values": self.cache.new(self.model)}
         stopping = _Stops(self, [request.stop for _, request, _ in turn], width)
         ids = torch.tensor(padded, device=device)
         output = self.model.generate(  # type: ignore[operator]
@@ -225,6 +250,7 @@ class LocalClient:
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
             stopping_criteria=[stopping],
+            **own,
         )
         answers = {}
         for (index, request, prompt), row, length in zip(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +18,14 @@ from trimtab.core.errors import BudgetError, ConfigError, DataError, NumericsErr
 from trimtab.core.progress import progress
 from trimtab.evaluation import statistics
 from trimtab.evaluation.base import Estimate
+from trimtab.evaluation.caches.decoding import CHUNK, chunked_logits
 from trimtab.evaluation.client import context_length, inference
 from trimtab.evaluation.encoding import Encoder
 from trimtab.evaluation.tasks._prose import held_out_prose, read_text
 from trimtab.models import tokenizer_of
+
+if TYPE_CHECKING:
+    from trimtab.cache.base import CacheMethod
 
 WINDOWS = 24
 LENGTH = 256
@@ -67,6 +73,11 @@ class NextTokens:
             )
         return cls(tokens, tuple(_read(model, tokens, "reference")))
 
+    def bits_per_byte(self, window_bytes: Sequence[float]) -> Estimate:
+        """The model's own figure, given the UTF-8 bytes of the text of each window."""
+        read = torch.cat(self.log_probs).gather(2, self.tokens[:, 1:, None])[..., 0].double().sum(dim=1)
+        return statistics.ratio_of_sums((-read / math.log(2)).tolist(), window_bytes)
+
 
 def window_tokens(
     model: PreTrainedModel,
@@ -89,17 +100,25 @@ def window_tokens(
     return torch.tensor([[encoder.start_token, *ids[i * length : (i + 1) * length]] for i in chosen])
 
 
-def _read(model: PreTrainedModel, tokens: Tensor, description: str) -> Iterator[Tensor]:
+def _read(
+    model: PreTrainedModel, tokens: Tensor, description: str, cache: CacheMethod | None = None, chunk: int = CHUNK
+) -> Iterator[Tensor]:
     """Log-probabilities [windows, length, vocabulary] of one batch of windows after the other, always cut alike."""
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if cache is not None:
+        cache.new(model)  # may fit itself to the model, which may need gradients
     groups = torch.split(tokens, size)
     with progress(description, len(groups)) as advance:
         for group in groups:
             # not around the loop: two of these run in turn, and the mode that the second leaves would outlive both
             with inference(model):
-                logits = model(input_ids=group[:, :-1].to(model.device), **options).logits.float()
-                log_probs = logits.log_softmax(dim=-1).cpu()
+                if cache is None:
+                    logits = model(input_ids=group[:, :-1].to(model.device), **options).logits
+                else:
+                    read = chunked_logits(model, group[:, :-1].tolist(), cache.new(model), chunk=chunk)
+                    logits = torch.cat([part for _, part in read], dim=1)
+                log_probs = logits.float().log_softmax(dim=-1).cpu()
             if not bool(torch.isfinite(log_probs).all()):
                 raise NumericsError(f"{type(model).__name__} gives NaN or infinite log-probabilities.")
             yield log_probs
@@ -114,12 +133,14 @@ class Divergence:
     kl       sum_v p(v) (log p(v) - log q(v)), p the reference's, q the model's; nats
     agree    1 where both find the same token most likely
     gold     log p - log q of the token that the text has; nats
+    nats     -log q of the token that the text has
     """
 
     tokens: tuple[float, ...]
     kl: tuple[float, ...]
     agree: tuple[float, ...]
     gold: tuple[float, ...]
+    nats: tuple[float, ...]
 
     def estimates(self) -> dict[str, Estimate]:
         """Means per token with 95 % intervals over windows; see `fidelity`."""
@@ -142,8 +163,12 @@ def divergence(
     windows: int = WINDOWS,
     length: int = LENGTH,
     seed: int = 0,
+    cache: CacheMethod | None = None,
+    chunk: int = CHUNK,
 ) -> Divergence:
-    """What `fidelity` is made of, window by window; same arguments.
+    """What `fidelity` is made of, window by window; same arguments, and
+
+    cache   the model reads its windows through a cache of this method, `chunk` tokens at a time; the reference does not
 
     Raises ConfigError if the vocabularies differ, NumericsError if a model gives NaN, DataError for a short text.
     """
@@ -155,7 +180,8 @@ def divergence(
     kl: list[float] = []
     agree: list[float] = []
     gold: list[float] = []
-    for ours, p in zip(_read(model, tokens, "fidelity"), theirs, strict=True):
+    nats: list[float] = []
+    for ours, p in zip(_read(model, tokens, "fidelity", cache, chunk), theirs, strict=True):
         if ours.shape != p.shape:
             raise ConfigError(
                 f"the model predicts {ours.shape[-1]} tokens and the reference {p.shape[-1]}; fidelity compares models "
@@ -166,7 +192,8 @@ def divergence(
         kl += (p.exp() * gap).sum(dim=-1).double().sum(dim=1).tolist()
         agree += (ours.argmax(dim=-1) == p.argmax(dim=-1)).double().sum(dim=1).tolist()
         gold += gap.gather(2, text_tokens)[..., 0].double().sum(dim=1).tolist()
-    return Divergence((float(tokens.shape[1] - 1),) * len(kl), tuple(kl), tuple(agree), tuple(gold))
+        nats += (-ours.gather(2, text_tokens)[..., 0]).double().sum(dim=1).tolist()
+    return Divergence((float(tokens.shape[1] - 1),) * len(kl), tuple(kl), tuple(agree), tuple(gold), tuple(nats))
 
 
 def fidelity(

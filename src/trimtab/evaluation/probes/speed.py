@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import BudgetError, ConfigError
 from trimtab.evaluation.client import inference
+
+if TYPE_CHECKING:
+    from trimtab.cache.base import CacheMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,18 @@ class Speed:
 
 
 def measure_speed(
-    model: PreTrainedModel, *, prompt_tokens: int = 128, new_tokens: int = 32, batch: int = 1, repeats: int = 5
+    model: PreTrainedModel,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    cache: CacheMethod | None = None,
 ) -> Speed:
     """Time a forward pass over a random prompt, then `new_tokens` greedy steps with the key-value cache.
 
-    Sampling, tokenizing and text are left out: this is the model alone. Raises BudgetError if prompt and new tokens do
+    Sampling, tokenizing and text are left out: this is the model alone. `cache`: keys and values are kept by this
+    method instead of transformers' own cache. Raises BudgetError if prompt and new tokens do
     not fit the context, ConfigError for counts below one.
     """
     for name, value in (
@@ -66,9 +77,11 @@ def measure_speed(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(int(config.vocab_size), (batch, prompt_tokens), generator=generator).to(model.device)
     prefill, decode = [], []
+    if cache is not None:
+        cache.new(model)  # may fit itself to the model, which may need gradients
     with inference(model):
         for repeat in range(repeats + 1):
-            read, write = _once(model, prompt, new_tokens)
+            read, write = _once(model, prompt, new_tokens, cache)
             if repeat > 0:  # the first warms up: caches, kernels that are built or chosen on first use
                 prefill.append(read)
                 decode.append(write / new_tokens)
@@ -89,11 +102,12 @@ def measure_speed(
     )
 
 
-def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+def _once(model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: CacheMethod | None) -> tuple[float, float]:
     """Seconds to read the prompt, and to write the new tokens."""
     clock = _clock(prompt.device)
     start = clock()
-    output = model(input_ids=prompt, use_cache=True)
+    own = {} if cache is None else {"past_key_values": cache.new(model)}
+    output = model(input_ids=prompt, use_cache=True, **own)
     token = output.logits[:, -1:].argmax(dim=-1)
     middle = clock()
     for _ in range(new_tokens):

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, did_you_mean
 from trimtab.evaluation.base import Document
 from trimtab.evaluation.tasks._prose import held_out_prose
 from trimtab.evaluation.tasks._world import WorldTask, check_limit, document_of
@@ -16,6 +16,7 @@ from trimtab.world.types import Example
 
 __all__ = ["Recall"]
 
+QUESTIONS = 8
 _CHARACTERS_PER_TOKEN = 3.5  # of the shipped tokenizer on prose it has not seen, rounded up
 
 
@@ -25,6 +26,8 @@ class Recall(WorldTask):
     exact_match       the question follows the records
     exact_match_far   `distance` tokens of held-out prose (at 3.5 characters each) lie between; eight questions are
                       asked one after another about the same records, and count as one cluster; 0 leaves it out
+
+    value             kind of the values: "word" (one token), "pair" (two words) or "code" (three digits)
 
     A limit holds for each of the two.
     """
@@ -38,31 +41,34 @@ class Recall(WorldTask):
         "exact_match_far": True,
         "answer_nats": False,
     }
-    questions: ClassVar[int] = 8
     far_size: ClassVar[int] = 128
 
-    def __init__(self, records: int = 16, distance: int = 1500) -> None:
+    def __init__(self, records: int = 16, distance: int = 1500, value: str = "word") -> None:
         if records < 1 or distance < 0:
             raise ConfigError(f"recall needs records >= 1 and distance >= 0, not {records} and {distance}.")
-        self.records, self.distance = records, distance
+        if value not in recall.VALUE_KINDS:
+            raise ConfigError(f"recall: unknown value '{value}'. {did_you_mean(value, recall.VALUE_KINDS)}")
+        self.records, self.distance, self.value = records, distance, value
 
     def documents(self, limit: int | None, seed: int) -> Sequence[Document]:
         count = check_limit(limit, self.size)
-        near = recall.examples("eval", count, seed, records=self.records)
+        near = recall.examples("eval", count, seed, records=self.records, value=self.value)
         documents = [document_of(self.name, example, "exact_match", None) for example in near]
         if self.distance:
             far = check_limit(limit, self.far_size)
-            documents += self._far(-(-far // self.questions), seed)[:far]
+            documents += self.far(-(-far // QUESTIONS), seed)[:far]
         return documents
 
-    def _far(self, contexts: int, seed: int) -> list[Document]:
+    def far(self, contexts: int, seed: int, *, questions: int = QUESTIONS) -> list[Document]:
         """`contexts` times `questions` documents; each prompt begins the next, so a context is read once."""
         prose = held_out_prose()
         rng = generator("recall far", "eval", seed)
         documents = []
         for number in range(contexts):
             filler = _excerpt(rng, prose, round(self.distance * _CHARACTERS_PER_TOKEN))
-            spans = recall.document(rng, "eval", records=self.records, filler=filler, questions=self.questions)
+            spans = recall.document(
+                rng, "eval", records=self.records, filler=filler, value=self.value, questions=questions
+            )
             prompt = ""
             asking = False
             for span in spans:
