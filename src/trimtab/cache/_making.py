@@ -33,7 +33,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
 def cache_plan(method: CacheMethod, model: PreTrainedModel) -> CachePlan:
     """The plan of a method for a model, fitted if need be."""
     fitted = fitted_for(method, model)
-    layers = tuple(method.head_plans(shape, fitted) for shape in layer_shapes(model))
+    layers = tuple(method.plans(layer_shapes(model), fitted))
     plan = CachePlan(layers, name=type(method).name(), options=method.to_dict())
     if plan.needs_rope:
         RopeSource(model, 0)  # refuses before anything else is made

@@ -10,7 +10,7 @@ attention are `models/segments`, the same for all.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -61,6 +61,10 @@ class CacheMethod(Method):
 
         `fitted` is empty unless the method is calibrated. Raises ConfigError for options that do not fit the shape.
         """
+
+    def plans(self, layers: Sequence[LayerShape], fitted: Fitted) -> list[tuple[HeadPlan, ...]]:
+        """`head_plans` of all layers; a method that weighs layers against each other overrides this one."""
+        return [self.head_plans(layer, fitted) for layer in layers]
 
     def fit(self, model: PreTrainedModel, calibration: CalibrationSet) -> dict[str, Tensor]:
         """What is learnt from calibration text, as tensors to store; only calibrated methods have something."""

@@ -23,15 +23,13 @@ ones are exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
+from trimtab.cache._tables import channel_tables, token_tables
 from trimtab.cache.base import CacheMethod, Fitted, LayerShape
 from trimtab.core.errors import ConfigError
 from trimtab.models.segments import HeadPlan, TensorPlan
 from trimtab.tensors.kv.codec import KVCodec
-from trimtab.tensors.kv.levels import fisher_weights, fit_levels, q_norm
 from trimtab.tensors.kv.outliers import OutlierRule
 
 if TYPE_CHECKING:
@@ -83,45 +81,19 @@ class Kvquant(CacheMethod):
 
         found: dict[str, Tensor] = {}
         for layer in captured_layers(model, calibration, fisher=self.fisher, skip_first=self.sinks):
-            for name, tensor in self._fit_keys(layer.keys, layer.keys_fisher).items():
-                found[f"keys.{layer.layer}.{name}"] = tensor
-            for name, tensor in self._fit_values(layer.values, layer.values_fisher).items():
-                found[f"values.{layer.layer}.{name}"] = tensor
+            options: dict[str, Any] = {
+                "bits": self.bits,
+                "outliers": self.outliers,
+                "uniform": self.uniform,
+                "weight_by_scale": self.weight_by_scale,
+            }
+            flat = None if layer.values_fisher is None else layer.values_fisher.flatten(1)
+            tables = {
+                "keys": channel_tables(layer.keys, layer.keys_fisher, **options),
+                "values": token_tables(layer.values.flatten(1), flat, **options),
+            }
+            found |= {f"{kind}.{layer.layer}.{n}": t for kind, table in tables.items() for n, t in table.items()}
         return found
-
-    def _fit_keys(self, keys: Tensor, fisher: Tensor | None) -> dict[str, Tensor]:
-        ordered = keys.sort(dim=0).values  # torch.quantile takes no large tensors
-        last = len(ordered) - 1
-        lower = ordered[round(last * self.outliers / 2)]
-        upper = ordered[round(last * (1 - self.outliers / 2))]
-        minimum = ((upper + lower) / 2).half()
-        scale = ((upper - lower) / 2).half()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        inside = (keys >= lower) & (keys <= upper)
-        x = ((keys - minimum.float()) / scale.float())[inside]
-        tables = self._tables(x, fisher, scale.float().expand_as(keys), inside)
-        fixed = {"scale": scale[:, None], "minimum": minimum[:, None], "lower": lower, "upper": upper}
-        return {**fixed, **tables}
-
-    def _fit_values(self, values: Tensor, fisher: Tensor | None) -> dict[str, Tensor]:
-        flat = values.flatten(1)
-        beyond = int(self.outliers / 2 * flat.shape[1] + 1e-9) + 1 if self.outliers else 0
-        upper = flat.topk(beyond + 1, dim=1).values[:, -1:]
-        lower = flat.topk(beyond + 1, dim=1, largest=False).values[:, -1:]
-        scale = ((upper - lower) / 2).clamp(min=1e-8)
-        inside = (flat >= lower) & (flat <= upper)
-        x = ((flat - (upper + lower) / 2) / scale)[inside]
-        return self._tables(x, None if fisher is None else fisher.flatten(1), scale.expand_as(flat), inside)
-
-    def _tables(self, x: Tensor, fisher: Tensor | None, scale: Tensor, inside: Tensor) -> dict[str, Tensor]:
-        if self.uniform:
-            levels = torch.linspace(-1.0, 1.0, 1 << self.bits)
-        else:
-            weights = None
-            if fisher is not None:
-                weights = fisher_weights(fisher[inside], scale[inside] if self.weight_by_scale else None)
-            levels = fit_levels(x, self.bits, weights)
-        return {"levels": levels, "q_norm": q_norm(levels, x)}
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
         keys = {

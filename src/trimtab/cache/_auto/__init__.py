@@ -1,0 +1,1 @@
+"""What `auto` is made of: candidates for each tensor, what each costs and spoils, and the choice under a budget."""
