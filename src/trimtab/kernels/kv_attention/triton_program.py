@@ -1,4 +1,4 @@
-"""The Triton programs of kv_attention: attention of each piece of work, then their sum. Imported only where Triton is."""
+"""The Triton programs of kv_attention: attention of each item, then their sum. Imported only where Triton is."""
 
 # Triton's language looks like Python but is not: its functions have no Python types.
 # mypy: ignore-errors
@@ -160,7 +160,7 @@ def merge_program(
     DIM: tl.constexpr,
     D: tl.constexpr,
 ):
-    """One lane, one of its heads, one query: the items' sums, put on a common maximum and divided by the sum of weights."""
+    """One lane, head and query: the sums of its items on a common maximum, divided by the sum of their weights."""
     lane = lanes + tl.program_id(0).to(tl.int64) * (_LANE_LENGTH + HEADS)
     head = tl.program_id(1).to(tl.int64)
     query = tl.program_id(2).to(tl.int64)

@@ -31,7 +31,6 @@ ITEM_FIELDS = ("lane", "key_run", "key_start", "value_run", "value_start", "firs
 LANE_FIELDS = ("row", "tokens", "first_item", "end_item")
 
 _ALIGNED = ("exact", "codes", "high_codes", "scale", "minimum")  # read 16 bytes at a time
-_POINTERS = tuple(name for name in RUN_FIELDS if name in Run.__dataclass_fields__)[1:]
 
 
 class Main(NamedTuple):
@@ -100,7 +99,7 @@ def _facts(run: Run) -> _Facts:
         "overrides": 0 if run.override_tokens is None else run.override_tokens.numel(),
     }
     tensors = run.tensors()
-    for name in _POINTERS:
+    for name in RUN_FIELDS:
         values.setdefault(name, tensors[name].data_ptr() if name in tensors else 0)
     return _Facts(tuple(values[name] for name in RUN_FIELDS), _format(run), run.device, _refusal(run, tensors))
 
@@ -214,69 +213,65 @@ class Tables:
     order: Tensor
     launches: tuple[Launch, ...]
     item_count: int
+    lane_count: int
     heads: int
     """Most heads of a lane."""
 
 
 def make_tables(lanes: Sequence[Lane], item_tokens: int, device: torch.device) -> Tables:
     """Tables of lanes to which `refused_lanes` has no objection. Items have `item_tokens` tokens, or fewer."""
-    key_mains, value_mains = _mains(lanes, "keys"), _mains(lanes, "values")
-    numbers: dict[Run, int] = {}
     records: list[int] = []
+    keys, key_formats = _numbered([lane.keys for lane in lanes], records)
+    values, value_formats = _numbered([lane.values for lane in lanes], records)
     items: list[int] = []
     lane_records: list[int] = []
-    members: dict[tuple[Main, Main], list[int]] = {}
+    members: dict[tuple[int, int], list[int]] = {}
     heads = max(len(lane.heads) for lane in lanes)
-
-    def number(run: Run) -> int:
-        found = numbers.get(run)
-        if found is None:
-            found = numbers[run] = len(numbers)
-            records.extend(facts_of(run).record)
-        return found
-
     count = 0
     for index, lane in enumerate(lanes):
         first_item = count
         for part in segments(lane):
-            mains = _main(part.key, key_mains), _main(part.value, value_mains)
-            key, value = number(part.key), number(part.value)
+            (key, key_form), (value, value_form) = keys[part.key], values[part.value]
+            before = count
             for at in range(0, part.tokens, item_tokens):
                 tokens = min(item_tokens, part.tokens - at)
                 items += (index, key, part.key_start + at, value, part.value_start + at, part.first + at, tokens)
-                members.setdefault(mains, []).append(count)
                 count += 1
+            members.setdefault((key_form, value_form), []).extend(range(before, count))
         lane_records += (lane.row, lane.tokens, first_item, count, *lane.heads, *[-1] * (heads - len(lane.heads)))
 
     launches, order = [], []  # type: list[Launch], list[int]
-    for (key_main, value_main), own in members.items():
-        formats = _joined(lanes, "keys", key_main), _joined(lanes, "values", value_main)
-        launches.append(Launch(*formats, first=len(order), count=len(own)))
+    for (key_form, value_form), own in members.items():
+        launches.append(Launch(key_formats[key_form], value_formats[value_form], first=len(order), count=len(own)))
         order += own
-    parts = [records, items, lane_records, order]
-    for part in parts:
-        part += [0] * (len(part) % 2)  # Triton compiles anew for an address that is no multiple of 16
-    together = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).to(device)
-    tensors = torch.split(together, [len(part) for part in parts])
-    return Tables(*tensors, launches=tuple(launches), item_count=count, heads=heads)
+    tables = [records, items, lane_records, order]
+    for table in tables:
+        table += [0] * (len(table) % 2)  # Triton compiles anew for an address that is no multiple of 16
+    together = torch.tensor(list(chain.from_iterable(tables)), dtype=torch.int64).to(device)
+    runs_table, items_table, lanes_table, order_table = torch.split(together, [len(table) for table in tables])
+    return Tables(runs_table, items_table, lanes_table, order_table, tuple(launches), count, len(lanes), heads)
 
 
-def _mains(lanes: Sequence[Lane], side: str) -> list[Main]:
-    """The different ones of coded runs, in the order of their appearance."""
-    runs = chain.from_iterable(getattr(lane, side) for lane in lanes)
-    return list(dict.fromkeys(facts_of(run).format.main for run in runs if run.exact is None))
+def _numbered(side: Sequence[Sequence[Run]], records: list[int]) -> tuple[dict[Run, tuple[int, int]], list[Format]]:
+    """For each run its number and that of its format, and these formats: one for each `Main` of coded runs.
+
+    Exact runs go with the first of the coded ones, so that one launch serves a lane of both. Appends to `records`.
+    """
+    numbers: dict[Run, tuple[int, int]] = {}
+    mains: dict[Main, int] = {}
+    formats: set[Format] = set()
+    for run in chain.from_iterable(side):
+        if run not in numbers:
+            facts = facts_of(run)
+            form = 0 if facts.format.exact else mains.setdefault(facts.format.main, len(mains))
+            numbers[run] = len(records) // len(RUN_FIELDS), form
+            records.extend(facts.record)
+            formats.add(facts.format)
+    return numbers, [_joined(main, formats) for main in mains or (Main(),)]
 
 
-def _main(run: Run, mains: list[Main]) -> Main:
-    """Exact runs go with the first of the coded ones, so that one launch serves a lane of both."""
-    if run.exact is None:
-        return facts_of(run).format.main
-    return mains[0] if mains else Main()
-
-
-def _joined(lanes: Sequence[Lane], side: str, main: Main) -> Format:
-    """`main`, and what any run of this side has."""
-    formats = {facts_of(run).format for lane in lanes for run in getattr(lane, side)}
+def _joined(main: Main, formats: set[Format]) -> Format:
+    """`main`, and what any run has."""
     return Format(
         main=main,
         exact=any(one.exact for one in formats),

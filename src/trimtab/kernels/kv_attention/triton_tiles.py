@@ -1,7 +1,7 @@
 """In Triton: the dense keys or values of a few tiles of a run, channels by tokens. Imported only where Triton is.
 
-Everywhere `run` points at the run's record, `head` is one of its heads, `start` a token of it, a multiple of 32 if the run
-has codes, and a block is [D, 32 TILES]: D channels, a power of two and at least DIM, by 32 TILES tokens from `start` on.
+Everywhere `run` points at the run's record, `head` is one of its heads, `start` a token of it, a multiple of 32 if the
+run has codes, and a block is [D, 32 TILES]: D channels, a power of two and at least DIM, by 32 TILES tokens.
 """
 
 # Triton's language looks like Python but is not: its functions have no Python types.
@@ -124,10 +124,7 @@ def _coded(run, head, start, channels, DIM: tl.constexpr, D: tl.constexpr, TILES
         block = tl.load(book + entry + (channels % MAIN.coupled)[:, None], mask=inside, other=0.0).to(tl.float32)
     else:
         codes = _codes(run, _CODES, head, start, channels, DIM, D, TILES, MAIN.bits)
-        if MAIN.levels:
-            block = tl.load(_numbers_at(run + _LEVELS, "float32") + codes)
-        else:
-            block = codes.to(tl.float32)
+        block = tl.load(_numbers_at(run + _LEVELS, "float32") + codes) if MAIN.levels else codes.to(tl.float32)
         if MAIN.scale:
             block *= _parameters(run, _SCALE, head, start, channels, inside, DIM, D, TILES, MAIN)
         if MAIN.minimum:
@@ -142,7 +139,8 @@ def _coded(run, head, start, channels, DIM: tl.constexpr, D: tl.constexpr, TILES
             block += b[:, None] * a[None, :]
             of_token += tl.load(run + _TILES) * 32
             of_channel += DIM
-    if FORMAT.outliers != "":
+    if FORMAT.outliers != "":  # noqa: SIM102
+        # The condition above is decided when compiling, this one when running.
         if tl.load(run + _OUTLIER_STARTS) != 0:
             block = _with_outliers(block, run, head, start, channels, steps, TILES, FORMAT)
     return block
@@ -188,7 +186,7 @@ def _words(
     ROW_WORDS: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Codes of BITS bits in words FIRST, ... of rows of ROW_WORDS words. Word w holds codes w, w + BITS, w + 2 BITS, ..."""
+    """Codes of BITS bits in words FIRST ... of rows of ROW_WORDS words. Word w holds codes w, w + BITS, and so on."""
     tile = tl.arange(0, TILES)
     word = tl.arange(0, BITS)
     slot = tl.arange(0, 32 // BITS)
