@@ -166,7 +166,7 @@ def masking_experiment(
     if not trials or not counts or min(counts) < 1:
         raise ConfigError(f"masking needs trials and counts of at least 1, not {len(trials)} trials and {counts}.")
     ranking = scores.ranking
-    others = ranking[max(counts) :]
+    others = sorted(ranking[max(counts) :])  # so that a draw depends on which heads are the top ones, on nothing else
     if len(others) < max(counts):
         raise ConfigError(
             f"{max(counts)} random heads outside of the top {max(counts)} do not exist: {len(ranking)} heads."
