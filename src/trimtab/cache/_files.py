@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ def load(path: str | Path, model: PreTrainedModel) -> SegmentCache:
         if len(layers) not in (0, len(cache.segment_layers)):
             raise DataError(f"it has {len(layers)} layers, the model {len(cache.segment_layers)}.")
         for layer, saved in zip(cache.segment_layers, layers, strict=False):
-            _fill_layer(layer, saved, runs, tensors, model)
+            _fill_layer(layer, saved, runs, tensors, model.device)
         cache.key_bias = {int(layer): tensors[key].to(model.device) for layer, key in entry["key_bias"].items()}
     except (AttributeError, DataError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
@@ -185,7 +185,7 @@ def _fill_layer(
     saved: Mapping[str, Any],
     runs: list[Run],
     tensors: Mapping[str, Tensor],
-    model: PreTrainedModel,
+    device: torch.device,
 ) -> None:
     rows, groups = len(saved["lengths"]), saved["groups"]
     if not rows or len(saved["first"]) != rows or len(groups) != len(layer.plan):
@@ -193,7 +193,7 @@ def _fill_layer(
     shape = sum(len(plan.heads) for plan in layer.plan)
     first_window = tensors[groups[0]["sides"][0][0]["window"]]
     like = torch.empty((rows, shape, 0, first_window.shape[-1]), dtype=getattr(torch, saved["dtype"]))
-    layer.lazy_initialization(like.to(model.device), like.to(model.device))
+    layer.lazy_initialization(like.to(device), like.to(device))
     layer.length, layer.lengths, layer.first = int(saved["length"]), list(saved["lengths"]), list(saved["first"])
     layer.sliding_window = saved["sliding_window"]
     for group, own in zip(layer.groups, groups, strict=True):
@@ -242,8 +242,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is damaged: its description cannot be read.") from None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} was written by trimtab {entry.get('trimtab_version')} in cache format {version}; this trimtab reads "
-            f"formats up to {FORMAT_VERSION}. Update with: pip install -U trimtab"
+            f"{path} was written by trimtab {entry.get('trimtab_version')} in cache format {version}; this trimtab "
+            f"reads formats up to {FORMAT_VERSION}. Update with: pip install -U trimtab"
         )
     if metadata.get(_DIGEST) != _digest(metadata[_ENTRY], tensors):
         raise CheckpointError(
@@ -273,8 +273,8 @@ def _check_reproducible(cache: SegmentCache) -> None:
         except ConfigError:
             pass
     raise CompositionError(
-        f"this cache has a plan of its own, '{name}', which no cache method makes with these options for this model, so "
-        "it could not be loaded again. Save caches that method.new(model) made."
+        f"this cache has a plan of its own, '{name}', which no cache method makes with these options for this model, "
+        "so it could not be loaded again. Save caches that method.new(model) made."
     )
 
 
@@ -304,9 +304,9 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
 
 
 @contextmanager
@@ -325,4 +325,5 @@ def _atomic_file(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} cannot be written ({reason}); nothing was changed.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

@@ -79,9 +79,7 @@ def test_padding_leaves_no_trace(family: str) -> None:
     assert [cache.segment_layers[0].groups[0].tokens(row) for row in range(3)][2] == 0
     alone = feed(model, new_cache(model, "kivi"), ids[:1, 13:], [31, 1, 1, 20, 4])
     torch.testing.assert_close(found[:1, 13:], alone, atol=2e-5, rtol=1e-4)
-    again = feed(
-        model, new_cache(model, "kivi"), ids, sizes, attention_mask=mask, position_ids=positions
-    )
+    again = feed(model, new_cache(model, "kivi"), ids, sizes, attention_mask=mask, position_ids=positions)
     assert torch.equal(found, again)
 
 

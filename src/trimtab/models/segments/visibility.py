@@ -45,9 +45,7 @@ def tail_visible(
     return moved
 
 
-def first_visible(
-    held: Sequence[int], tail: Tensor | None, window: int, device: torch.device
-) -> Tensor:
+def first_visible(held: Sequence[int], tail: Tensor | None, window: int, device: torch.device) -> Tensor:
     """int64 [R, length]: the first of the tokens held that is within a sliding window of each query.
 
     A query's place in the text follows the tokens before the tail and those of the tail that it sees, which holds for
