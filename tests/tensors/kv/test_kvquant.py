@@ -18,7 +18,7 @@ from trimtab.tensors.kv.rotary import inverse_rope
 
 from .generator import relative_error, rope_table, synthetic
 
-TRAIN, TEST = synthetic(), synthetic(seed=1)
+TRAIN, TEST = synthetic(1024, 4), synthetic(1024, 4, seed=1)
 
 
 def ranges(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def test_learnt_levels_beat_uniform_ones() -> None:
 def test_limits_per_channel_beat_one_limit() -> None:
     """Sheet, 3 bits uniform, 1 % outliers: .153 against .206."""
     x = TRAIN.pre
-    ones = torch.ones(8, 64)
+    ones = torch.ones(4, 64)
     low, high = (x.flatten().kthvalue(round(x.numel() * q)).values * ones for q in (0.005, 0.995))
     inner_low = torch.maximum(x.amin(1), low)
     inner_high = torch.minimum(x.amax(1), high)
@@ -78,7 +78,7 @@ def test_limits_per_channel_beat_one_limit() -> None:
 
 def test_fixed_limits_find_the_same_share_on_other_text() -> None:
     """From enough text: topics change slowly, so 1,000 tokens are few."""
-    train, test = synthetic(16384, 1), synthetic(8192, 1, seed=1)
+    train, test = synthetic(8192, 1), synthetic(4096, 1, seed=1)
     (run,) = key_codec(train.pre, 3, 0.01, uniform=True).encode(test.pre[None])
     assert run.outlier_places is not None
     assert run.outlier_places.numel() / test.pre.numel() == pytest.approx(0.01, abs=0.002)
@@ -155,6 +155,15 @@ def test_online_ranges_of_values(heads: int, dim: int, count: int) -> None:
     torch.testing.assert_close(run.minimum[0, :40].float(), (low + high) / 2, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(run.scale[0, :40].float(), (high - low) / 2, atol=1e-3, rtol=1e-3)
     assert float(decode(run)[0, 7, 0]) == 1000.0
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5])
+def test_halfway_between_levels_the_lower_one_is_taken(bits: int) -> None:
+    """By comparing and by binary search alike."""
+    levels = torch.arange(1 << bits).float()
+    z = torch.tensor([-5.0, 0.4, 0.5, 0.6, 1e9])
+    top = len(levels) - 1
+    assert nearest_level(z, levels).tolist() == [0, 0, 0, min(1, top), top]
 
 
 def test_levels_are_the_best_there_are() -> None:

@@ -7,7 +7,7 @@ Encoding a block, in this order (every step may be absent); `reference.decode` u
     outliers              single entries stored exactly and taken out
     groups                minimum and scale, rounded to float16 *before* codes are computed
     codes                 nearest step of a uniform grid, nearest level of a table, or nearest centroid
-    low rank              of the error that is left, per head, zero at outliers and overridden tokens
+    low rank              of the error that is left, per head; zero at outliers
 
 A block is encoded on its own and a run never changes. Where groups are fixed, lie in one token, or divide the block,
 encoding a stream block by block gives the codes of encoding it at once, bit for bit; groups over the whole block,
@@ -45,7 +45,7 @@ class KVCodec:
     bits            of a code; 0 stores the numbers themselves, and then no other option is set
     group_tokens    groups over g tokens of a channel, a multiple of 16; -1: all tokens of the block
     group_channels  groups over g channels of a token, heads one after the other; -1: all H d
-    levels          ascending float32 [2^bits] in [-1, 1] about: a table instead of the uniform grid
+    levels          ascending float32 [2^bits], from about -1 to 1: a table instead of the uniform grid
     decode_levels   like levels: what codes stand for when they are read (Q-Norm); None: levels
     scale, minimum  float16 [H, 1, d]: fixed groups, one per channel, instead of measured ones (KVQuant's keys)
     clip            rho: groups span rho * min ... rho * max (RotateKV); beyond it codes saturate

@@ -96,7 +96,8 @@ def _places(x: Tensor, mass: Tensor) -> Tensor:
         by_mass = torch.searchsorted(mass[:-1].contiguous(), mass[-1] * share)
         wanted = torch.cat([by_value, by_mass])
         changes = changes[torch.searchsorted(changes, wanted).clamp(max=len(changes) - 1)]
-    return torch.unique(torch.cat([changes, changes.new_tensor([0, len(x)])]))
+    places: Tensor = torch.unique(torch.cat([changes, changes.new_tensor([0, len(x)])]))
+    return places
 
 
 def _best_runs(mass: Tensor, moment: Tensor, square: Tensor, places: Tensor, count: int) -> Tensor:

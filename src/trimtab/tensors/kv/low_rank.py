@@ -29,4 +29,4 @@ def low_rank(error: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]
         a = torch.linalg.qr(error.transpose(1, 2) @ b).Q  # [B, m, r]
         b = error @ a
     norm = 2.0 ** round(math.log2(tokens) / 2)
-    return (a * norm).transpose(1, 2).half(), (b / norm).transpose(1, 2).half().contiguous()
+    return (a * norm).half().transpose(1, 2).contiguous(), (b / norm).transpose(1, 2).half().contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from trimtab.core.errors import ConfigError
 from trimtab.kernels.kv_attention.run import CODE_BITS
@@ -17,6 +18,10 @@ def check_options(codec: KVCodec) -> None:
     """Raise ConfigError, naming the options and their values, if they do not hold together."""
     if codec.order is not None and codec.order.dtype != torch.int16:
         raise ConfigError(f"order is {codec.order.dtype}; channels are numbered in int16.")
+    if codec.order is not None and codec.order.sort().values.tolist() != list(range(codec.order.numel())):
+        raise ConfigError(
+            f"order is no permutation of 0 ... {codec.order.numel() - 1}: it begins {_begin(codec.order)}."
+        )
     if codec.hadamard and (codec.hadamard < 2 or codec.hadamard & (codec.hadamard - 1)):
         raise ConfigError(f"hadamard={codec.hadamard} is not 0 or a power of two.")
     if codec.bits == 0:
@@ -102,6 +107,10 @@ _ABSENT = {"clip": 1.0, "range_rule": "minmax", "group_tokens": 0, "group_channe
 def _is_set(codec: KVCodec, name: str) -> bool:
     value, absent = getattr(codec, name), _ABSENT.get(name)
     return value is not None if absent is None else bool(value != absent)
+
+
+def _begin(order: Tensor) -> str:
+    return ", ".join(map(str, order.flatten()[:8].tolist()))
 
 
 def _named(options: list[str]) -> str:
