@@ -26,6 +26,7 @@ from .kv_cases import random_query, random_rope, random_run
 HALF = torch.float16
 BOUND = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Relative RMS error; the rounding of the result in the dtype of query takes most of the last two."""
+OPTIONAL = ("softcap", "bias", "first_visible", "tail_visible")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -223,6 +224,40 @@ def test_parity_on_a_gpu_at_real_sizes(monkeypatch: pytest.MonkeyPatch, dim: int
         lanes.append(Lane(row, (0, 1, 2, 3), *runs))
     case = {"query": random_query(2, 16, 1, dim, HALF), "lanes": lanes, "scale": dim**-0.5}
     _demand_small(errors(case, "cuda"), HALF)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("name", ["exact", "before rotary embedding", "coupled", "several queries"])
+def test_compiles_for_a_gpu_without_one(name: str) -> None:
+    """The interpreter takes programs that the compiler does not. Down to machine code for an H100 or H200."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from trimtab.kernels.kv_attention.triton_program import attend_program
+
+    case = CASES[name]()
+    dim, queries = case["query"].shape[3], backend.queries_per_head(case["query"], case["lanes"])
+    tables = make_tables(case["lanes"], 64, torch.device("cpu"))
+    constants: dict[str, Any] = {f"HAS_{name.split('_')[0].upper()}": name in case for name in OPTIONAL}
+    constants |= {"HEADS": tables.heads, "QUERIES": queries, "Q": 16, "TILES": 2, "DOT": "float16"}
+    constants |= {"DIM": dim, "D": 64 if dim == 64 else 128}
+    constants |= {"KEY": tables.launches[0].key, "VALUE": tables.launches[0].value}
+    types = dict.fromkeys(("runs", "items", "lanes", "order", "first_visible"), "*i64")
+    types |= dict.fromkeys(("cos", "sin", "bias", "sums", "statistics"), "*fp32")
+    types |= {"query": "*fp16", "tail_visible": "*u8", "scale": "fp32", "softcap": "fp32"}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in attend_program.arg_names}
+    source = ASTSource(
+        attend_program,
+        signature,
+        {(i,): constants[n] for i, n in enumerate(signature) if n in constants},
+        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n].startswith("*")},
+    )
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 227 << 10
 
 
 # What is refused
