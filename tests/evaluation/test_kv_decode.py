@@ -19,9 +19,9 @@ from trimtab.evaluation.kv_decode import Setting, _run, choose, gguf_export, mea
 from trimtab.evaluation.kv_decode.systems import CACHES, System
 from trimtab.models import random_model
 
-TINY: dict[str, int] = {"layers": 2, "hidden": 64, "query_heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 96}
-SETTING = Setting(context=96, steps=4, vocabulary=131, **TINY)
-TOKEN_BYTES = 2 * 2 * 2 * 2 * 16  # layers, keys and values, KV heads, bytes, head dimension
+TINY: dict[str, int] = {"layers": 2, "hidden": 64, "query_heads": 4, "kv_heads": 2, "head_dim": 32, "mlp": 96}
+SETTING = Setting(context=192, steps=4, vocabulary=131, **TINY)
+TOKEN_BYTES = 2 * 2 * 2 * 2 * 32  # layers, keys and values, KV heads, bytes, head dimension
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ class Scripted:
 def test_every_system_gets_the_same_tokens_and_the_reference_the_same_state() -> None:
     session = Scripted(wrong=0.0)
     figures = measure.measure(session, SETTING)
-    prompt, following = SETTING.tokens()[:96], SETTING.tokens()[96:]
+    prompt, following = SETTING.tokens()[:192], SETTING.tokens()[192:]
     steps = [("step", token) for token in following]
     assert session.journal == [
         ("prefill", prompt[:64]),
@@ -87,7 +87,7 @@ def test_every_system_gets_the_same_tokens_and_the_reference_the_same_state() ->
         *steps,
     ]
     assert figures["short_kv_bytes"] == 10 * (64 + 4)
-    assert figures["kv_bytes"] == 10 * (96 + 4)
+    assert figures["kv_bytes"] == 10 * (192 + 4)
     assert figures["attention_ms_median"] == figures["decode_ms_median"] - figures["short_decode_ms_median"]
     assert (figures["parity"], figures["prefills"], figures["library"]) == (0.0, 2, "scripted")
 
@@ -123,10 +123,10 @@ def test_a_run_lists_what_is_absent_and_what_fails_and_goes_on(tmp_path: Path, m
     assert "no-such-package" in absent["skipped"]
     assert "pip install" in absent["skipped"]
     assert "no_such_session" in broken["error"]
-    assert done["kv_bytes"] == 100 * TOKEN_BYTES
+    assert done["kv_bytes"] == 196 * TOKEN_BYTES
     assert done["read_gbps_median"] / 10.0 == pytest.approx(done["bandwidth_share"], nan_ok=True)
     assert done["peak_rss_bytes"] >= done["loaded_rss_bytes"] > 50 << 20
-    assert {entry["context"] for entry in (absent, broken, done)} == {96}
+    assert {entry["context"] for entry in (absent, broken, done)} == {192}
     assert [line for line in told if "other/absent" in line and "skipped" in line]
 
 
@@ -165,6 +165,37 @@ def test_reference_step_changes_the_kernels_for_this_step_only(model_directory: 
         session.reference_step(1)
         session.step(2)
     assert seen == ["reference", value]
+
+
+@pytest.mark.parametrize("name", ["exact", "kivi-2", "rotatekv-4"])
+def test_own_caches(model_directory: Path, name: str) -> None:
+    """Also those that learn from text first. The ledger is what the tensors hold, without the model's rotations."""
+    system = choose([f"trimtab/{name}"])[0]
+    session = torch_sessions.open_trimtab(model_directory, SETTING, **system.options)
+    with _only("TRIMTAB_KERNELS", "reference"):
+        session.prefill(SETTING.tokens()[:-2])
+        expected = session.reference_step(5)
+        assert expected is not None
+        session.prefill(SETTING.tokens()[:-2])
+        session.step(5)
+        assert measure.demand_parity(session.logits(), expected) < 1e-6
+    found = torch_sessions.tensor_bytes(session._cache)
+    assert session.kv_bytes() < found if name == "rotatekv-4" else session.kv_bytes() == found
+
+
+def test_an_attention_that_is_a_tenth_too_large_is_red(model_directory: Path) -> None:
+    session = torch_sessions.open_trimtab(model_directory, SETTING, method="kivi", options={"bits": 4})
+    prompt = SETTING.tokens()[:-2]
+    with _only("TRIMTAB_KERNELS", "reference"):
+        session.prefill(prompt)
+        expected = session.reference_step(5)
+        assert expected is not None
+        session.prefill(prompt)
+        for layer in session._model.model.layers:
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 1.1,))
+        session.step(5)
+    with pytest.raises(NumericsError):
+        measure.demand_parity(session.logits(), expected)
 
 
 def test_systems_by_name_by_library_and_all() -> None:

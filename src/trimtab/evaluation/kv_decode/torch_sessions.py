@@ -16,10 +16,14 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 import trimtab
 from trimtab import models
+from trimtab.cache._making import fitted_for
 from trimtab.core.registry import method_class
 from trimtab.evaluation.kv_decode.measure import Setting
 from trimtab.kernels.bandwidth import kernel_report
 from trimtab.kernels.op import KERNELS_VARIABLE
+from trimtab.models.calibration_set import CalibrationSet
+
+_CALIBRATION_SEQUENCES = 4  # of a quarter of the context each
 
 
 class TorchSession:
@@ -136,9 +140,13 @@ def open_kvpress(directory: Path, setting: Setting, *, press: str, options: dict
 
 
 def open_trimtab(directory: Path, setting: Setting, *, method: str, options: dict[str, Any]) -> TorchSession:
-    """A method of the cache room, with trimtab's linear layers."""
+    """A method of the cache room, with trimtab's linear layers; what it learns, it learns from random tokens."""
     model = _load(directory, fast_linear=True)
     chosen: Any = method_class(method)(**options)
+    if chosen.calibrated:
+        generator = torch.Generator().manual_seed(setting.seed + 1)
+        tokens = torch.randint(setting.vocabulary, (_CALIBRATION_SEQUENCES, setting.context // 4), generator=generator)
+        fitted_for(chosen, model, CalibrationSet.from_tokens(tokens, source="random tokens"))
     return TorchSession(
         model, lambda: chosen.new(model), library="trimtab", count=lambda cache: int(cache.nbytes()), reference=True
     )
