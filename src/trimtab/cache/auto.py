@@ -83,8 +83,10 @@ class Auto(CacheMethod):
         for layer in captured_layers(model, calibration, fisher=True, skip_first=self.sinks):
             of_layer = {"keys": (layer.keys, layer.keys_fisher), "values": (layer.values, layer.values_fisher)}
             for kind in KINDS:
+                x, squared = of_layer[kind]
+                ordered = x.sort(dim=0).values
                 for way in ways[kind]:
-                    for name, tensor in _tables_of(way, *of_layer[kind]).items():
+                    for name, tensor in _tables_of(way, x, squared, ordered).items():
                         tables[f"{kind}.{layer.layer}.{way.name}.{name}"] = tensor
         tokens = calibration.tokens[:MEASURED_ROWS, :MEASURED_LENGTH]
         samples = layer_samples(model, tokens)
@@ -150,9 +152,9 @@ class Auto(CacheMethod):
         return way.bits_per_element(head_dim) * (1 - exact / self.context) + EXACT_BITS * exact / self.context
 
 
-def _tables_of(way: Candidate, x: Tensor, fisher: Tensor | None) -> dict[str, Tensor]:
+def _tables_of(way: Candidate, x: Tensor, fisher: Tensor | None, ordered: Tensor) -> dict[str, Tensor]:
     if way.way == "table":
-        return channel_tables(x, fisher, bits=way.bits, outliers=way.per_mille / 1000)
+        return channel_tables(x, fisher, bits=way.bits, outliers=way.per_mille / 1000, ordered=ordered)
     if way.way == "token":
         flat = None if fisher is None else fisher.flatten(0, 1)
         return {"levels": token_tables(x.flatten(0, 1), flat, bits=way.bits, outliers=0.0)["levels"]}

@@ -29,7 +29,7 @@ __all__ = ["Gear"]
 
 @dataclass(frozen=True, kw_only=True)
 class Gear(GearMethod):
-    """Options of GEAR: those of gear_l, and
+    """Options of GEAR beyond those of GEAR-L.
 
     outliers_keys     share of a channel's entries that are kept exactly, half of them largest, half smallest
     outliers_values   the same for a token of values

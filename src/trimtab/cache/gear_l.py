@@ -17,16 +17,4 @@ __all__ = ["GearL"]
 
 @dataclass(frozen=True, kw_only=True)
 class GearL(GearMethod):
-    """Options of GEAR-L.
-
-    bits                  of the backbone
-    backbone              "kivi": groups of group_size (keys along tokens, values along channels). "kcvt": one group per
-                          channel of keys over the block, one per token of values over all heads
-    group_size            numbers that share a scale and a minimum, for "kivi"
-    buffer                recent tokens that stay exact until they are encoded together, a multiple of group_size
-    rank_keys             rank of the correction of a block of generated tokens, per head; 0: none
-    rank_values           the same for values
-    prefill_rank_keys     rank of the correction of a prompt, per head
-    prefill_rank_values   the same for values
-    iterations            of the power iteration
-    """
+    """No options of its own."""
