@@ -46,16 +46,17 @@ class SegmentCache(Cache):
         heads = [block.attention.num_kv_heads for block in view.blocks]
         plan.check(len(view.blocks), heads, [block.attention.head_dim for block in view.blocks])
         self.plan = plan
-        self.rope_positions = plan.needs_rope
         self.key_bias: dict[int, Tensor] = {}
         self._model = weakref.ref(model)
         self._config: Any = model.config.get_text_config()
         self._limit = _position_limit(self._config, plan)
         use_backend(model)
-        layers = [
-            SegmentLayer(self, index, groups, RopeSource(model, index) if self.rope_positions else None)
-            for index, groups in enumerate(plan.layers)
-        ]
+        ropes: list[RopeSource | None] = [None] * len(plan.layers)
+        if plan.needs_rope:
+            sources = [RopeSource(model, index) for index in range(len(plan.layers))]
+            shared = {source.kind: source for source in sources}
+            ropes = [shared[source.kind] for source in sources]
+        layers = [SegmentLayer(self, index, groups, ropes[index]) for index, groups in enumerate(plan.layers)]
         super().__init__(layers=list(layers))
         if any(group.pivots for groups in plan.layers for group in groups):
             watch_inputs(model)

@@ -12,11 +12,15 @@ from trimtab.core.errors import TargetError
 from trimtab.kernels.kv_attention import Rope
 
 _GROWTH = 1024
+_FEW, _KEPT = 64, 4
+"""Angles of at most so many positions are kept for the next layer, and so many of them."""
 _MOVING = ("dynamic", "longrope")  # kinds whose angles depend on the length of the text
 
 
 class RopeSource:
     """The angles of one kind of layer, read from the model's own rotary module, in the precision that the model uses.
+
+    kind   of the layer, as the configuration names it; None if all layers are the same
 
     Raises TargetError for a model without rotary positions, and for kinds of rotary embedding whose angles change with
     the length of the text: a stored key could not be rotated as the model would.
@@ -32,8 +36,8 @@ class RopeSource:
             )
         parameters = getattr(config, "rope_parameters", None) or {}
         kinds = list(getattr(config, "layer_types", None) or [])
-        self._kind = kinds[layer] if kinds and "layer_type" in inspect.signature(module.forward).parameters else None
-        own = parameters.get(self._kind, parameters) if self._kind else parameters
+        self.kind = kinds[layer] if kinds and "layer_type" in inspect.signature(module.forward).parameters else None
+        own = parameters.get(self.kind, parameters) if self.kind else parameters
         if own.get("rope_type") in _MOVING:
             raise TargetError(
                 f"{type(model).__name__} has rotary embedding of type '{own['rope_type']}', whose angles change with "
@@ -42,12 +46,23 @@ class RopeSource:
         self._module: nn.Module = module
         self._dtype = model.dtype
         self._table: Rope | None = None
+        self._recent: dict[tuple[object, ...], Rope] = {}
 
     def angles(self, positions: Tensor) -> Rope:
         """Cosines and sines [*positions.shape, half] at these positions."""
         flat = positions.reshape(1, -1)
+        key = (positions.device, tuple(positions.shape), tuple(flat[0].tolist())) if flat.numel() <= _FEW else None
+        if key is None:
+            return self._computed(positions, flat)
+        if key not in self._recent:  # layers ask for the same positions one after the other
+            if len(self._recent) >= _KEPT:
+                self._recent.clear()
+            self._recent[key] = self._computed(positions, flat)
+        return self._recent[key]
+
+    def _computed(self, positions: Tensor, flat: Tensor) -> Rope:
         like = torch.empty(0, dtype=self._dtype, device=positions.device)
-        extra = () if self._kind is None else (self._kind,)
+        extra = () if self.kind is None else (self.kind,)
         cos, sin = self._module(like, flat, *extra)
         half = cos.shape[-1] // 2
         return Rope(
