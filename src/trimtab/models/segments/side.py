@@ -10,8 +10,8 @@ from torch import Tensor
 from trimtab.kernels.kv_attention import Run
 from trimtab.models.segments.plan import TensorPlan
 
-_SLACK = 64
-"""Tokens of room beyond what a window needs, so that it moves to the front of its buffer only now and then."""
+_MOVE_EVERY = 64
+"""Tokens after which a window that loses one at each step is moved to the front of its buffer, at the earliest."""
 
 
 class Side:
@@ -30,7 +30,7 @@ class Side:
         self.encoded = [0] * rows
         self.starts = [0] * rows
         self.ends = [0] * rows
-        self.usual = window + plan.block + _SLACK
+        self.usual = window + (plan.block if plan.block >= _MOVE_EVERY // 2 else _MOVE_EVERY)
         self.buffer = _empty(like, rows, heads, 0)
 
     @property
@@ -109,7 +109,7 @@ class Side:
 
     def shrink(self) -> None:
         """Give back the room of a long prompt."""
-        if self.buffer.shape[2] > 2 * self.usual and max(map(self.window_tokens, range(self.rows))) <= self.usual:
+        if self.buffer.shape[2] > self.usual * 5 // 4 and max(map(self.window_tokens, range(self.rows))) <= self.usual:
             self._move(_empty(self.buffer, self.rows, self.buffer.shape[1], self.usual))
 
     def take(self, rows: Sequence[int], count: int) -> Tensor:
