@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.core.errors import ConfigError, NumericsError
 from trimtab.kernels.kv_attention.reference import decode
-from trimtab.tensors.kv.codebook import fit_codebook, group_weights, nearest_centroid
+from trimtab.tensors.kv.codebook import fit_codebook, nearest_centroid
 from trimtab.tensors.kv.codec import KVCodec
 from trimtab.tensors.kv.entropy import joint_and_marginal_entropy
 from trimtab.tensors.kv.levels import fit_levels
@@ -77,13 +77,6 @@ def test_sensitive_tokens_get_the_centroids() -> None:
     assert errors["weighted"][0] < 0.85 * errors["plain"][0]
     assert errors["weighted"][1] > 1.1 * errors["plain"][1]
     assert torch.equal(fit_codebook(x, 4, weights, iterations=20), fit_codebook(x, 4, 2 * weights, iterations=20))
-
-
-def test_weights_are_the_squared_gradients_of_a_group() -> None:
-    gradients = torch.rand(2, 5, 8)
-    weights = group_weights(gradients, 4)
-    assert weights.shape == (2, 2, 5)
-    torch.testing.assert_close(weights[1, 1, 3], gradients[1, 3, 4:].sum())
 
 
 def test_codebooks_are_the_same_again_and_groups_do_not_know_each_other() -> None:

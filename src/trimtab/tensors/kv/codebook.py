@@ -14,21 +14,14 @@ _CHUNK_BYTES = 64 << 20
 _TOLERANCE = 1e-5
 
 
-def group_weights(squared_gradients: Tensor, coupled: int) -> Tensor:
-    """Squared gradients [..., T, d] of the loss at keys or values -> [..., d / coupled, T]: one weight per code.
-
-    The sum over the coupled channels, g^T g of the paper.
-    """
-    return torch.unflatten(squared_gradients.float(), -1, (-1, coupled)).sum(-1).transpose(-1, -2)
-
-
 def fit_codebook(
     points: Tensor, bits: int, weights: Tensor | None = None, *, iterations: int = 100, seed: int = 0
 ) -> Tensor:
     """Centroids float16 [G, 2^bits, c] of least sum w |p - q(p)|^2, for each group on its own.
 
     points      [G, T, c]
-    weights     [G, T], not negative; None: all equal. Only their ratios within a group matter
+    weights     [G, T], not negative: the squared gradients of the loss, summed over the coupled channels (Fisher-guided);
+                None: all equal. Only their ratios within a group matter
     iterations  at most; fewer when no group's error falls by a hundred-thousandth
     seed        of k-means++, which draws the first centroids by weight and squared distance
 
