@@ -20,7 +20,7 @@ def fit_codebook(
     """Centroids float16 [G, 2^bits, c] of least sum w |p - q(p)|^2, for each group on its own.
 
     points      [G, T, c]
-    weights     [G, T], not negative: the squared gradients of the loss, summed over the coupled channels (Fisher-guided);
+    weights     [G, T], not negative: squared gradients of the loss, summed over the coupled channels (Fisher-guided).
                 None: all equal. Only their ratios within a group matter
     iterations  at most; fewer when no group's error falls by a hundred-thousandth
     seed        of k-means++, which draws the first centroids by weight and squared distance
