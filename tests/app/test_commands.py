@@ -123,6 +123,50 @@ def test_compare_measures_all_and_writes_a_report(cli: Cli, tiny: Path, tmp_path
     assert sorted(p.name for p in (out / "runs").iterdir()) == ["00-uncompressed.json", "01-rtn-4-bit.json"]
 
 
+def test_compare_caches(cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.app import cache_comparison
+
+    monkeypatch.setattr(cache_comparison, "LENGTH", 256)
+    monkeypatch.setattr(cache_comparison, "SPEED_PROMPT", 16)
+    out = tmp_path / "caches"
+    command = ("compare", str(tiny), "--caches", "exact,kivi", "--set", "kivi.group_size=16", "--bits", "2,4",
+               "--limit", "2", "--tasks", "facts", "-o", str(out))  # fmt: skip
+    ran = cli(*command, "--json")
+    assert ran.status == 0, ran.err
+    assert [record["config"]["label"] for record in ran.json] == ["uncompressed", "exact", "kivi 2-bit", "kivi 4-bit"]
+    plain, exact, two, four = (record["metrics"] for record in ran.json)
+    assert abs(exact["divergence"]["kl_nats_per_token"]["value"]) < 1e-6
+    assert two["divergence"]["kl_nats_per_token"]["value"] > four["divergence"]["kl_nats_per_token"]["value"] > 0
+    assert exact["bits"]["bits"] > four["bits"]["bits"] > two["bits"]["bits"] > 2
+    assert two["bits"]["encoded"] == two["bits"]["formula"] == 4.0
+    assert set(plain["recall"]) == set(two["recall"])
+    assert set(plain["tasks"]) == set(two["tasks"]) == {"facts"}
+    assert all(record["metrics"]["speed"]["decode_ms_median"] > 0 for record in ran.json)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "kivi 4-bit" in page
+    assert "bits / element" in page
+
+
+def test_generate_and_evaluate_with_a_cache(cli: Cli, tiny: Path) -> None:
+    cache = ("--cache", "kivi", "--cache-set", "group-size=16", "--cache-set", "window=16")
+    command = ("generate", str(tiny), "-p", "Once upon", "--max-new-tokens", "5", "--json")
+    told, plain = cli(*command, *cache).json, cli(*command).json
+    assert told["text"] == plain["text"]  # all within the exact window
+    assert told["cache"]["method"] == "kivi"
+    assert told["cache"]["bytes"] > 0
+    long = ("generate", str(tiny), "-p", "0" * 2040, "--max-new-tokens", "20", "--json")
+    assert cli(*long).status == 2
+    endless = cli(*long, "--cache", "streaming", "--cache-set", "window=12")
+    assert endless.status == 0, endless.err
+    assert endless.json["tokens"] == 20
+    asked = ("evaluate", str(tiny), "--tasks", "prose", "--limit", "2", "--json")
+    ran = cli(*asked, *cache, "--reference", str(tiny))
+    assert ran.status == 0, ran.err
+    assert ran.json["cache"]["group_size"] == 16
+    assert ran.json["comparisons"][0]["difference"]["value"] != 0
+
+
 def test_claims_status_and_json(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab import claims
     from trimtab.claims.base import Verdict

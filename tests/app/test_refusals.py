@@ -103,6 +103,20 @@ def test_unknown_model(refused: Refused, command: list[str]) -> None:
         (["compare", "no/model", "--methods", "rtn", "--set", "gptq.act_order=1", "-o", "out"], ["'gptq'"]),
         (["compare", "no/model", "--methods", "rtn", "--bits", "4", "--set", "bits=3", "-o", "o"], ["contradict"]),
         (["compare", "no/model", "--methods", "rtn", "--tasks", "prosa", "-o", "out"], ["unknown task 'prosa'"]),
+        (["compare", "no/model", "--methods", "kivi", "-o", "out"], ["kivi", "--caches"]),
+        (["compare", "no/model", "-o", "out"], ["--methods", "--caches"]),
+        (["compare", "no/model", "--methods", "rtn", "--caches", "kivi", "-o", "out"], ["--methods", "--caches"]),
+        (["compare", "no/model", "--caches", "kivvi", "-o", "out"], ["unknown cache 'kivvi'", "'kivi'"]),
+        (["compare", "no/model", "--caches", "exact,gptq", "-o", "out"], ["'gptq'", "room 'weights'"]),
+        (["compare", "no/model", "--caches", "exact,kivi", "--bits", "5", "-o", "out"], ["bits=", "5"]),
+        (["compare", "no/model", "--caches", "kivi", "--set", "kivi.windw=64", "-o", "out"], ["'windw'", "'window'"]),
+        (["compare", "no/model", "--caches", "kivi", "--set", "gear.bits=2", "-o", "out"], ["'gear'", "not among"]),
+        (["compare", "no/model", "--caches", "kivi", "--set", "window=100", "-o", "out"], ["window=100", "group_size"]),
+        (["compare", "no/model", "--caches", "kivi", "--text", "t.txt", "-o", "out"], ["--text"]),
+        (["evaluate", "no/model", "--cache", "kiwi"], ["unknown cache 'kiwi'", "'kivi'"]),
+        (["generate", "no/model", "-p", "text", "--cache", "kivi", "--cache-set", "bits=5"], ["bits", "5"]),
+        (["generate", "no/model", "-p", "text", "--cache-set", "bits=4"], ["--cache-set bits", "--cache"]),
+        (["generate", "no/model", "-p", "text", "--cache", "kivi", "--cache-set", "bits"], ["--cache-set 'bits'"]),
         (["generate", "no/model", "-p", " "], ["prompt is empty"]),
         (["train", "ref", "--text", "nowhere", "-o", "out"], ["nowhere"]),
         (["claims", "gtpq"], ["gtpq"]),
@@ -157,6 +171,11 @@ def test_group_size_that_does_not_divide(refused: Refused, tiny: Path) -> None:
         "out",
         names=["q_proj", "48 does not divide 64"],
     )
+
+
+def test_a_cache_that_does_not_fit_the_model(refused: Refused, tiny: Path) -> None:
+    command = ("compare", str(tiny), "--caches", "exact,kivi", "-o", "out")
+    refused(*command, names=["group_size=32 does not divide the head dimension 16"])
 
 
 def test_targets_that_match_nothing(refused: Refused, tiny: Path) -> None:

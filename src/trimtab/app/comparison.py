@@ -41,19 +41,14 @@ def plan(methods: Sequence[str], bits: Sequence[int], settings: Mapping[str, str
     not have or accept, before anything runs.
     """
     names = [method_info(name).name for name in methods]
-    _check_prefixes(names, settings)
+    if caches := [name for name in names if method_info(name).room == "cache"]:
+        raise ConfigError(f"{', '.join(caches)} keep the KV cache and change no weights; compare them with --caches.")
+    check_prefixes(names, settings)
     variants = [Variant(UNCOMPRESSED)]
     for count in bits or (None,):
         for name in names:
             cls = method_class(name)
-            own = {k: v for k, v in settings.items() if "." not in k}
-            own |= {k.partition(".")[2]: v for k, v in settings.items() if k.partition(".")[0] == name and "." in k}
-            if count is not None:
-                if "bits" in own:
-                    raise ConfigError(f"--bits {count} and --set bits={own['bits']} contradict each other.")
-                if "bits" not in {f.name for f in dataclasses.fields(cls)}:
-                    raise ConfigError(f"method '{name}' has no option 'bits'. Compare it without --bits.")
-                own["bits"] = str(count)
+            own = own_settings(cls, name, settings, count)
             recipe = Recipe.from_dict({"steps": [{"method": name, **typed_settings(cls, own)}]}, source=name)
             chosen = recipe.steps[0].options.get("bits")
             label = name if chosen is None else f"{name} {chosen}-bit"
@@ -61,7 +56,21 @@ def plan(methods: Sequence[str], bits: Sequence[int], settings: Mapping[str, str
     return variants
 
 
-def _check_prefixes(names: Sequence[str], settings: Mapping[str, str]) -> None:
+def own_settings(cls: type, name: str, settings: Mapping[str, str], bits: int | None) -> dict[str, str]:
+    """The settings that go to one method: those without a prefix, its own, and the number of bits."""
+    own = {k: v for k, v in settings.items() if "." not in k}
+    own |= {k.partition(".")[2]: v for k, v in settings.items() if k.partition(".")[0] == name and "." in k}
+    if bits is not None:
+        if "bits" in own:
+            raise ConfigError(f"--bits {bits} and --set bits={own['bits']} contradict each other.")
+        if "bits" not in {f.name for f in dataclasses.fields(cls)}:
+            raise ConfigError(f"method '{name}' has no option 'bits'. Compare it without --bits.")
+        own["bits"] = str(bits)
+    return own
+
+
+def check_prefixes(names: Sequence[str], settings: Mapping[str, str]) -> None:
+    """Raise ConfigError for a setting `method.option` of a method that is not compared."""
     for key in settings:
         prefix, dot, _ = key.partition(".")
         if dot and prefix not in names:

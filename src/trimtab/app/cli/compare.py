@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,25 +24,30 @@ from trimtab.app.cli.options import (
     split_numbers,
 )
 from trimtab.app.cli.output import emit_json, say, show, wide_table
+from trimtab.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from trimtab.app.comparison import Setting, Variant
     from trimtab.core.run_record import RunRecord
 
 EXAMPLES = (
     "trimtab compare ref --methods rtn,gptq --bits 2,3,4 -o comparison",
     "trimtab compare ref --methods rtn,gptq --bits 3 --set group_size=32 --set gptq.act_order=true -o groups-of-32",
     "trimtab compare ref --methods gptq --tasks prose,recall --limit 50 -o quick --json",
+    "trimtab compare ref --caches exact,kivi,gear --bits 2,4 --set kivi.window=64 -o caches",
 )
 
 
 def run(
     model: Model,
     methods: Annotated[
-        str, typer.Option(help="Names separated by commas, as trimtab list has them.", show_default=False)
-    ],
+        str | None, typer.Option(help="Names separated by commas, as trimtab list has them.", show_default=False)
+    ] = None,
+    caches: Annotated[
+        str | None,
+        typer.Option(help="Instead of methods: names of KV caches, see trimtab list --room cache.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report.html and the run records.")] = Path(
         "trimtab-comparison"
     ),
@@ -65,10 +70,26 @@ def run(
 
     Ends with a table and a self-contained report.html.
     --set OPTION=VALUE goes to all methods, --set METHOD.OPTION=VALUE to one.
+    Caches are compared on the model as it is, which may be a compressed one: honest bits, what is lost, what is
+    recalled at which distance; tasks are added if --tasks names them.
     """
-    from trimtab.app.comparison import Setting, plan
+    from trimtab.app.comparison import Setting, plan, run_all
 
+    if (methods is None) == (caches is None):
+        raise ConfigError("give either --methods, which change the weights, or --caches, which keep keys and values.")
     numbers = [] if bits is None else split_numbers(bits, "--bits")
+    if caches is not None:
+        from trimtab.app.cache_comparison import CacheSetting, plan_caches, run_caches
+
+        if text is not None:
+            raise ConfigError("--text is for --methods; caches are fitted on the text that comes with trimtab.")
+        cache_variants = plan_caches(split_names(caches, "--caches"), numbers, read_settings(settings))
+        chosen = () if tasks is None else checked_tasks(tasks)
+        check_output(out, force, holds="runs")
+        cache_setting = CacheSetting(model, chosen, limit=limit, seed=seed, device=device)
+        _finish(model, record(run_caches(cache_setting, cache_variants), len(cache_variants), out), out, as_json)
+        return
+    assert methods is not None
     variants = plan(split_names(methods, "--methods"), numbers, read_settings(settings))
     names = checked_tasks(tasks)
     check_text(text)
@@ -84,7 +105,10 @@ def run(
         seed=seed,
         device=device,
     )
-    records = measure(setting, variants, out)
+    _finish(model, record(run_all(setting, variants), len(variants), out), out, as_json)
+
+
+def _finish(model: str, records: Sequence[RunRecord], out: Path, as_json: bool) -> None:
     if as_json:
         emit_json([record.to_dict() for record in records])
     else:
@@ -92,17 +116,17 @@ def run(
     say(f"Report: {out / 'report.html'}   records: {out / 'runs'}")
 
 
-def measure(setting: Setting, variants: Sequence[Variant], out: Path) -> list[RunRecord]:
-    """Run the comparison, tell how it goes, save records and report: of the finished rows if one fails."""
-    from trimtab.app.comparison import run_all, save_records
+def record(runs: Iterator[RunRecord], count: int, out: Path) -> list[RunRecord]:
+    """Run a comparison of `count` rows, say how it goes, save records and report: of finished rows if one fails."""
+    from trimtab.app.comparison import save_records
     from trimtab.app.report.page import write_report
 
     records: list[RunRecord] = []
     try:
-        for record in save_records(run_all(setting, variants), out):
-            records.append(record)
-            taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
-            say(f"[{len(records)}/{len(variants)}] {record.config['label']}: {taken}")
+        for done in save_records(runs, out):
+            records.append(done)
+            taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())
+            say(f"[{len(records)}/{count}] {done.config['label']}: {taken}")
     finally:
         if records:
             write_report(out / "runs")
@@ -111,10 +135,8 @@ def measure(setting: Setting, variants: Sequence[Variant], out: Path) -> list[Ru
 
 def comparison_tables(model: str, records: Sequence[RunRecord]) -> list[Table]:
     """The terminal's form of the report's table."""
-    from trimtab.app.report.page import cells_of, columns_of
-    from trimtab.app.report.rows import row_of
+    from trimtab.app.report.view import view_of
 
-    rows = [row_of(record) for record in records]
-    columns = columns_of(rows)
-    cells = [(row.label, *("\n".join(part for part in cell if part) for cell in cells_of(row, rows))) for row in rows]
-    return wide_table(f"{model}: brackets hold 95 % intervals", columns, cells)
+    view = view_of(records, pictures=False)
+    rows = [(line.label, *("\n".join(part for part in cell if part) for cell in line.cells)) for line in view.lines]
+    return wide_table(f"{model}: brackets hold 95 % intervals", view.columns, rows)

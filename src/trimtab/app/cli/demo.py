@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.app.cli.compare import comparison_tables, measure
+from trimtab.app.cli.compare import comparison_tables, record
 from trimtab.app.cli.options import Force, check_output
 from trimtab.app.cli.output import say, show
 
@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Compress the shipped model, measure it and show what was lost: about a minute, offline."""
     check_output(out, force, holds="runs")
-    from trimtab.app.comparison import Setting, plan
+    from trimtab.app.comparison import Setting, plan, run_all
 
     started = time.perf_counter()
     say("The reference model 'ref' at 4, 3 and 2 bits: rounded (rtn), and with rounding errors passed on (gptq).")
@@ -43,13 +43,14 @@ def run(
         prompt=PROMPT,
         temperature=0.7,
     )
-    records = measure(setting, plan(("rtn", "gptq"), (4, 3, 2), {}), out)
+    variants = plan(("rtn", "gptq"), (4, 3, 2), {})
+    records = record(run_all(setting, variants), len(variants), out)
     show(*comparison_tables("ref", records))
     show("The same prompt with the same random numbers, at temperature 0.7:", "")
-    for record in records:
-        if record.config["bits"] in (None, 4, 2):
-            show(f"[bold]{record.config['label']}[/bold]")
-            print(f"  {PROMPT}{record.metrics['samples'][0]['text'].rstrip()}\n")
+    for done in records:
+        if done.config["bits"] in (None, 4, 2):
+            show(f"[bold]{done.config['label']}[/bold]")
+            print(f"  {PROMPT}{done.metrics['samples'][0]['text'].rstrip()}\n")
     show(
         f"Took {time.perf_counter() - started:.0f} s. With pictures and records: [bold]{out / 'report.html'}[/bold]",
         "",

@@ -62,6 +62,14 @@ def options_of(cls: type) -> list[dict[str, Any]]:
     return options
 
 
+def _example(name: str, room: str) -> str:
+    commands = {
+        "weights": f"trimtab compress ref --method {name} -o ref-{name}",
+        "cache": f'trimtab generate ref -p "Once upon a time" --cache {name}',
+    }
+    return f"Try it: {commands[room]}" if room in commands else ""
+
+
 def run(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from trimtab list.", show_default=False)],
     as_json: AsJson = False,
@@ -84,5 +92,5 @@ def run(
         table("Options", ("option", "type", "default", "meaning"), rows),
         f"Paper: {info.paper}",
         "",
-        f"Try it: trimtab compress ref --method {info.name} -o ref-{info.name}" if info.room == "weights" else "",
+        _example(info.name, info.room),
     )

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.app.cli.options import AsJson, Device, Model, Seed, check_text, split_names
+from trimtab.app.cli.options import (
+    AsJson,
+    Cache,
+    CacheSettings,
+    Device,
+    Model,
+    Seed,
+    check_text,
+    read_cache,
+    split_names,
+)
 from trimtab.app.cli.output import emit_json, show, table
 from trimtab.app.report import text as figures
 from trimtab.app.report.rows import Interval
@@ -20,6 +30,7 @@ EXAMPLES = (
     "trimtab evaluate ref --tasks prose,recall --limit 50",
     "trimtab evaluate ref-gptq4 --reference ref --json",
     "trimtab evaluate ref --tasks prose --text my-text.txt",
+    "trimtab evaluate ref --cache kivi --cache-set bits=2 --reference ref",
 )
 Tasks = Annotated[
     str | None, typer.Option(help="Names separated by commas; without it, all tasks.", show_default=False)
@@ -50,13 +61,19 @@ def run(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text for the task prose instead of ours.", show_default=False)
     ] = None,
+    cache: Cache = None,
+    cache_settings: CacheSettings = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a model can do, with 95 % intervals."""
+    """Measure what a model can do, with 95 % intervals.
+
+    With --cache, texts are read in chunks, so that what the cache loses is seen; the reference has no cache.
+    """
     names = checked_tasks(tasks)
     check_text(text)
+    method = read_cache(cache, cache_settings)
 
     import trimtab as tt
     from trimtab.evaluation import to_json
@@ -64,10 +81,12 @@ def run(
     started = time.perf_counter()
     loaded = tt.load(model, device=device)
     other = None if reference is None else tt.load(reference, device=device)
-    results = tt.evaluate(loaded, names, limit=limit, seed=seed, reference=other, text=text)
+    results = tt.evaluate(loaded, names, limit=limit, seed=seed, reference=other, text=text, cache=method)
     if as_json:
         seconds = time.perf_counter() - started
-        emit_json({"model": model, "reference": reference, "seed": seed, "seconds": seconds, **to_json(results)})
+        kept = None if method is None else {"method": type(method).name(), **method.to_dict()}
+        told = {"model": model, "reference": reference, "cache": kept, "seed": seed, "seconds": seconds}
+        emit_json({**told, **to_json(results)})
         return
     rows = [row for result in results.values() for row in _rows(result)]
     show(

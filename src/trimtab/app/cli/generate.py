@@ -6,25 +6,29 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.app.cli.options import AsJson, Device, Model, Seed
+from trimtab.app.cli.options import AsJson, Cache, CacheSettings, Device, Model, Seed, read_cache
 from trimtab.app.cli.output import emit_json
 from trimtab.core.errors import DataError
 
 EXAMPLES = (
     'trimtab generate ref -p "The old house by the river"',
     'trimtab generate ref-gptq4 -p "She said" --max-new-tokens 80 --temperature 0.8 --seed 3',
+    'trimtab generate ref -p "Once upon a time" --cache kivi --cache-set bits=2',
 )
 
 
-def encode_prompt(model: Any, prompt: str, max_new_tokens: int) -> Any:
-    """Token ids [1, length]. Raises DataError if there is none, or if prompt and new tokens exceed the context."""
+def encode_prompt(model: Any, prompt: str, max_new_tokens: int, *, endless: bool = False) -> Any:
+    """Token ids [1, length]. Raises DataError if there is none, or if prompt and new tokens exceed the context.
+
+    endless   the cache has positions of its own: only the prompt has to fit
+    """
     from trimtab.models import tokenizer_of
 
     ids = tokenizer_of(model)(prompt, return_tensors="pt")["input_ids"]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if ids.shape[1] == 0:
         raise DataError("the prompt holds no token. Give a text with -p.")
-    if window is not None and ids.shape[1] + max_new_tokens > window:
+    if window is not None and ids.shape[1] + (0 if endless else max_new_tokens) > window:
         raise DataError(
             f"the prompt ({ids.shape[1]} tokens) and --max-new-tokens {max_new_tokens} exceed the model's {window} "
             "positions."
@@ -33,9 +37,12 @@ def encode_prompt(model: Any, prompt: str, max_new_tokens: int) -> Any:
 
 
 def continue_tokens(
-    model: Any, ids: Any, *, max_new_tokens: int, temperature: float, seed: int, streamer: Any = None
+    model: Any, ids: Any, *, max_new_tokens: int, temperature: float, seed: int, streamer: Any = None, cache: Any = None
 ) -> tuple[str, int]:
-    """The continuation of token ids [1, length] as text, and the number of its tokens. Temperature 0 is greedy."""
+    """The continuation of token ids [1, length] as text, and the number of its tokens. Temperature 0 is greedy.
+
+    cache   an empty cache that keys and values are kept in, instead of transformers' own
+    """
     import torch
 
     from trimtab.models import tokenizer_of
@@ -50,6 +57,7 @@ def continue_tokens(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            past_key_values=cache,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
@@ -62,6 +70,8 @@ def run(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    cache: Cache = None,
+    cache_settings: CacheSettings = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: AsJson = False,
@@ -69,6 +79,7 @@ def run(
     """Continue a text and show it while it is written."""
     if not prompt.strip():
         raise DataError("the prompt is empty. Give a text with -p.")
+    method = read_cache(cache, cache_settings)
     import time
 
     from transformers import TextStreamer
@@ -78,15 +89,20 @@ def run(
 
     loaded = tt.load(model, device=device)
 
-    ids = encode_prompt(loaded, prompt, max_new_tokens)
+    kept = None if method is None else method.new(loaded)
+    endless = kept is not None and all(g.positions == "cache" for groups in kept.plan.layers for g in groups)
+    ids = encode_prompt(loaded, prompt, max_new_tokens, endless=endless)
     streamer = None
     if not as_json:
         typer.echo(prompt, nl=False)
         streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     text, count = continue_tokens(
-        loaded, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=streamer
+        loaded, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=streamer, cache=kept
     )
     if as_json:
         seconds = time.perf_counter() - start
-        emit_json({"model": model, "prompt": prompt, "text": text, "tokens": count, "seconds": seconds, "seed": seed})
+        told = {"model": model, "prompt": prompt, "text": text, "tokens": count, "seconds": seconds, "seed": seed}
+        if method is not None and kept is not None:
+            told["cache"] = {"method": type(method).name(), **method.to_dict(), "bytes": kept.nbytes()}
+        emit_json(told)

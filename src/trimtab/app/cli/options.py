@@ -7,12 +7,15 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimtab.core.errors import ConfigError, OutputError
 from trimtab.core.files import read_user_text, refuse_occupied
+
+if TYPE_CHECKING:
+    from trimtab.cache.base import CacheMethod
 
 Model = Annotated[
     str,
@@ -30,6 +33,34 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; may be given several times."),
 ]
+
+
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="NAME",
+        help="Keep keys and values by this method: see trimtab list --room cache.",
+        show_default=False,
+    ),
+]
+CacheSettings = Annotated[
+    list[str] | None,
+    typer.Option("--cache-set", metavar="OPTION=VALUE", help="An option of the cache; may be given several times."),
+]
+
+
+def read_cache(name: str | None, pairs: Iterable[str] | None) -> CacheMethod | None:
+    """The cache method of --cache and --cache-set, None without. Raises ConfigError before a model is loaded."""
+    settings = read_settings(pairs, "--cache-set")
+    if name is None:
+        if settings:
+            raise ConfigError(f"--cache-set {next(iter(settings))} is an option of a cache; name it with --cache.")
+        return None
+    from trimtab.evaluation.caches.named import cache_class
+
+    cls = cache_class(name)
+    return cls.from_options(typed_settings(cls, settings))
 
 
 def split_names(text: str, what: str) -> list[str]:
@@ -53,16 +84,16 @@ def split_numbers(text: str, what: str) -> list[int]:
     return numbers
 
 
-def read_settings(pairs: Iterable[str] | None) -> dict[str, str]:
+def read_settings(pairs: Iterable[str] | None, option: str = "--set") -> dict[str, str]:
     """`["bits=4", ...]` as a mapping. Raises ConfigError on a pair without '=' and on an option given twice."""
     settings: dict[str, str] = {}
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise ConfigError(f"--set {pair!r} is not OPTION=VALUE, such as --set bits=4.")
+            raise ConfigError(f"{option} {pair!r} is not OPTION=VALUE, such as {option} bits=4.")
         if name in settings:
-            raise ConfigError(f"--set gives '{name}' twice: {settings[name]} and {value}.")
+            raise ConfigError(f"{option} gives '{name}' twice: {settings[name]} and {value}.")
         settings[name] = value.strip()
     return settings
 

@@ -6,9 +6,9 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from trimtab.app.report.rows import Interval, Row, pareto_front
+from trimtab.app.report.rows import Interval, pareto_front
 
 # Told apart with the common colour blindnesses (Okabe and Ito's set, adjusted); the page has a lighter set for dark.
 _COLOURS = ("#0a84c1", "#d9730d", "#159a76", "#b65fa0", "#a68a00", "#c0483b")
@@ -17,8 +17,30 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _FAINT = "#010203", "#030201"
 
 
-def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], label: str, *, logarithmic: bool) -> str:
-    """Quality (smaller is better) against bytes at rest, as inline SVG. Empty if no compressed row has the figure."""
+class Point(Protocol):
+    """What a picture needs to know of a row."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def baseline(self) -> bool: ...
+
+
+P = TypeVar("P", bound=Point)
+
+
+def pareto_svg(
+    rows: Sequence[P],
+    quality: Callable[[P], Interval | None],
+    label: str,
+    *,
+    cost: Callable[[P], float],
+    cost_label: str,
+    logarithmic: bool,
+) -> str:
+    """Quality (smaller is better) against cost, as inline SVG. Empty if no compressed row has the figure."""
     points = [(row, value) for row in rows if (value := quality(row)) is not None and not row.baseline]
     if logarithmic:
         points = [(row, value) for row, value in points if value.value > 0]
@@ -48,7 +70,7 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
         methods = list(dict.fromkeys(row.method for row, _ in points))
         for index, method in enumerate(methods):
             own = [(row, value) for row, value in points if row.method == method]
-            x = [row.bytes_at_rest / 1e6 for row, _ in own]
+            x = [cost(row) for row, _ in own]
             y = [value.value for _, value in own]
             low = [v.value - (v.value if v.low is None else min(v.low, v.value)) for _, v in own]
             high = [(v.value if v.high is None else max(v.high, v.value)) - v.value for _, v in own]
@@ -60,7 +82,7 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
                 axes.annotate(
                     text, (px, py), offset, textcoords="offset points", ha=side, fontsize=9, color=colour, zorder=4
                 )
-        front = pareto_front((row.bytes_at_rest / 1e6, value.value) for row, value in points)
+        front = pareto_front((cost(row), value.value) for row, value in points)
         axes.plot(*zip(*front, strict=True), color=_FAINT, lw=1.2, ls="--", label="Pareto front", zorder=1)
         base = next((value for row in rows if row.baseline and (value := quality(row)) is not None), None)
         if base is not None and not logarithmic:
@@ -69,7 +91,7 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(_log_tick))
             axes.yaxis.set_minor_formatter(FuncFormatter(_log_tick))
-        axes.set_xlabel("bytes at rest (MB)")
+        axes.set_xlabel(cost_label)
         axes.set_ylabel(label)
         axes.margins(x=0.14, y=0.14)
         axes.grid(True, color=_FAINT, lw=0.5, alpha=0.35)
@@ -77,7 +99,7 @@ def pareto_svg(rows: Sequence[Row], quality: Callable[[Row], Interval | None], l
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-    return _inline(buffer.getvalue(), f"{label} against bytes at rest; the same figures are in the table.")
+    return _inline(buffer.getvalue(), f"{label} against {cost_label}; the same figures are in the table.")
 
 
 def _log_tick(value: float, _position: object) -> str:
