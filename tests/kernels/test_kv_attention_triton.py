@@ -91,6 +91,15 @@ def several_queries(dtype: torch.dtype = torch.float32) -> Any:
     }
 
 
+def long() -> Any:
+    """Items of more than one step, of which the first are hidden from the second query."""
+    sides = {"bits": 2, "group_tokens": 32}, {"bits": 2, "group_channels": 32}
+    lanes = [Lane(0, (0,), *((random_run(700, 1, seed=i, **side),) for i, side in enumerate(sides)))]
+    assert backend.item_tokens(lanes, torch.device("cpu")) == 128
+    first = torch.tensor([[100, 600]])
+    return {"query": 3 * random_query(1, 2, 2, 64), "lanes": lanes, "scale": 0.1, "first_visible": first}
+
+
 def partial_rope() -> Any:
     """A rope over 48 of 80 channels; the window has positions too (StreamingLLM), sinks have none."""
     keys = (
@@ -138,6 +147,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "before rotary embedding": before_rope,
     "different cuts": different_cuts,
     "several queries": several_queries,
+    "long": long,
     "partial rope": partial_rope,
     "two forms": two_forms,
     "float16": lambda: several_queries(torch.float16),
