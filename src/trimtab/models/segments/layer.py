@@ -10,19 +10,17 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from trimtab.core.errors import CompositionError, DataError
-from trimtab.kernels.kv_attention import Lane, Rope, kv_attention
-from trimtab.models.segments.dense import attention_over_dense, dense_lane, exact_attention, pad_columns
+from trimtab.kernels.kv_attention import Rope
+from trimtab.models.segments.attending import attend_to_all, query_heads
+from trimtab.models.segments.dense import dense_lane, exact_attention
 from trimtab.models.segments.draft import Draft
 from trimtab.models.segments.group import Group
 from trimtab.models.segments.plan import HeadPlan
 from trimtab.models.segments.rope import RopeSource, rotated, unrotated
-from trimtab.models.segments.visibility import first_visible, tail_visible, token_columns
+from trimtab.models.segments.visibility import token_columns
 
 if TYPE_CHECKING:
     from trimtab.models.segments.cache import SegmentCache
-
-MAX_QUERIES = 64
-"""Queries up to which attention runs on the compressed tokens; more are a prompt, for which they are decoded once."""
 
 
 class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -182,7 +180,7 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if fresh and length > 1 and bias is None:
             out = exact_attention(query, keys, values, mask, scaling, softcap, sliding_window)
         else:
-            out = self._attend_to_all(moved, valid, mask, scaling, softcap, sliding_window, bias)
+            out = attend_to_all(self, moved, valid, mask, scaling, softcap, sliding_window, bias)
         if self.draft is None:
             # a bias counts from the oldest key held, which must then stay
             forget = None if bias is not None or self.record_past else sliding_window
@@ -279,60 +277,11 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             columns = slice(None) if valid is None else valid[row]
             count = query.shape[2] if valid is None else len(valid[row])
             positions[row, columns] = torch.arange(count, device=query.device) + group.tokens(row)
-        heads = self._query_heads(group, query.shape[1])
+        heads = query_heads(self.plan, group.plan, query.shape[1])
         moved = rotated(unrotated(query[:, heads], at), self._angles(positions))
         if len(heads) == query.shape[1]:
             return moved
         return query.index_copy(1, torch.tensor(heads, device=query.device), moved)
-
-    def _query_heads(self, group: Group, heads: int) -> list[int]:
-        """Which of all query heads read the KV heads of a group."""
-        share = heads // sum(len(plan.heads) for plan in self.plan)
-        return [head * share + i for head in group.plan.heads for i in range(share)]
-
-    def _attend_to_all(
-        self,
-        query: Tensor,
-        valid: list[list[int]] | None,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sliding_window: int | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        length, span, columns, tail = query.shape[2], query.shape[2], valid, None
-        if self.draft is not None:
-            span, columns = self.length - self.draft.length, self.draft.columns
-        if length > 1 or self.draft is not None:
-            tail = tail_visible(mask, length, span, columns, self.rows, query.device)
-        options: dict[str, Any] = {"scale": scaling, "rope": self._rope_table(), "softcap": softcap}
-        options["tail_visible"] = tail
-        attention = attention_over_dense if length > MAX_QUERIES else _over_runs
-        if sliding_window is None or len(self.groups) == 1:
-            lanes = [group.lane(row, group.plan.heads) for group in self.groups for row in range(self.rows)]
-            first = None
-            if sliding_window is not None:
-                first = self._first_visible(self.groups[0], tail, sliding_window)
-            return attention(query, lanes, bias=_as_wide(bias, lanes), first_visible=first, **options)
-        # groups hold different tokens, so a window begins at another index in each
-        out = torch.empty_like(query)
-        for group in self.groups:
-            heads = self._query_heads(group, query.shape[1])
-            lanes = [group.lane(row, tuple(range(len(group.plan.heads)))) for row in range(self.rows)]
-            first = self._first_visible(group, tail, sliding_window)
-            own_bias = _as_wide(None if bias is None else bias[:, heads], lanes)
-            out[:, heads] = attention(query[:, heads], lanes, bias=own_bias, first_visible=first, **options)
-        return out
-
-    def _first_visible(self, group: Group, tail: Tensor | None, window: int) -> Tensor:
-        held = [group.tokens(row) for row in range(self.rows)]
-        first = first_visible(held, tail, window, self.device)
-        if group.plan.recent is None or group.in_cache:
-            return first
-        for row, tokens in enumerate(held):
-            if tokens < self.lengths[row]:  # after the sinks tokens are gone, so sinks are farther than it seems
-                first[row].clamp_(min=group.plan.sinks)
-        return first
 
     def _rope_table(self) -> Rope | None:
         """Angles for all keys that are held before rotary embedding."""
@@ -435,15 +384,6 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         other.lengths, other.first = list(self.lengths), list(self.first)
         other.groups = [group.select(range(group.rows)) for group in self.groups]
         return other
-
-
-def _over_runs(query: Tensor, lanes: Sequence[Lane], **options: Any) -> Tensor:
-    return kv_attention(query, lanes, **options)[0]
-
-
-def _as_wide(bias: Tensor | None, lanes: Sequence[Lane]) -> Tensor | None:
-    """A bias for as many keys as the longest lane has."""
-    return None if bias is None else pad_columns(bias, max(lane.tokens for lane in lanes))
 
 
 def _is_exact(plan: HeadPlan) -> bool:
