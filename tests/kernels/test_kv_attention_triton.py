@@ -100,6 +100,12 @@ def long() -> Any:
     return {"query": 3 * random_query(1, 2, 2, 64), "lanes": lanes, "scale": 0.1, "first_visible": first}
 
 
+def many_runs() -> Any:
+    """More items than are merged at once."""
+    keys, values = ([random_run(2, 1, dtype=HALF, seed=2 * i + j) for i in range(20)] for j in range(2))
+    return {"query": 3 * random_query(1, 1, 1, 64), "lanes": [Lane(0, (0,), tuple(keys), tuple(values))], "scale": 0.1}
+
+
 def partial_rope() -> Any:
     """A rope over 48 of 80 channels; the window has positions too (StreamingLLM), sinks have none."""
     keys = (
@@ -148,6 +154,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "different cuts": different_cuts,
     "several queries": several_queries,
     "long": long,
+    "many runs": many_runs,
     "partial rope": partial_rope,
     "two forms": two_forms,
     "float16": lambda: several_queries(torch.float16),
