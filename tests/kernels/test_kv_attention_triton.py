@@ -101,9 +101,10 @@ def long() -> Any:
 
 
 def many_runs() -> Any:
-    """More items than are merged at once."""
+    """More items than are merged at once, the last ones with the largest scores."""
     keys, values = ([random_run(2, 1, dtype=HALF, seed=2 * i + j) for i in range(20)] for j in range(2))
-    return {"query": 3 * random_query(1, 1, 1, 64), "lanes": [Lane(0, (0,), tuple(keys), tuple(values))], "scale": 0.1}
+    lanes = [Lane(0, (0,), tuple(keys), tuple(values))]
+    return {"query": random_query(1, 1, 1, 64), "lanes": lanes, "scale": 0.1, "bias": torch.arange(40.0).view(1, 1, 40)}
 
 
 def partial_rope() -> Any:
