@@ -119,10 +119,12 @@ def _read(
         if fisher:
             # the gradient before rotary embedding is that after it, times the transpose of the rotation
             transposed = Rope(rope.cos, -rope.sin)
-            key.register_hook(
+            key.register_hook(  # type: ignore[no-untyped-call]
                 lambda g: found["keys_fisher"][layer].append(flat(rotated(g.float(), transposed)).square())
             )
-            value.register_hook(lambda g: found["values_fisher"][layer].append(flat(g).square()))
+            value.register_hook(  # type: ignore[no-untyped-call]
+                lambda g: found["values_fisher"][layer].append(flat(g).square())
+            )
 
     with observed_attention(model, see), torch.set_grad_enabled(fisher):
         embedded = model.get_input_embeddings()(tokens)

@@ -12,7 +12,7 @@ with the same choice are stored together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Auto"]
 
 EXACT_BITS = 16
-MEASURED_ROWS, MEASURED_LENGTH = 8, 512
+MEASURED_ROWS, MEASURED_LENGTH = 4, 512
+WINDOWS = (0, 32, 64, 128)
 KINDS: tuple[Kind, Kind] = ("keys", "values")
 
 
@@ -44,7 +45,7 @@ class Auto(CacheMethod):
     bits_per_element   what a number of the cache may take on average, everything counted, at `context` tokens
     context            length of text for which the budget is reckoned: exact tokens weigh less in a longer one
     sinks              first tokens that stay exact
-    window             recent tokens that stay exact
+    window             recent tokens that stay exact; None: that of 0, 32, 64 and 128 with the least error in the budget
     """
 
     calibrated: ClassVar[bool] = True
@@ -52,16 +53,16 @@ class Auto(CacheMethod):
     bits_per_element: float = 3.0
     context: int = 2048
     sinks: int = 4
-    window: int = 0
+    window: int | None = None
 
     def check(self) -> None:
         if not 0 < self.bits_per_element <= EXACT_BITS:
             raise ConfigError(f"auto: bits_per_element={self.bits_per_element} must be in (0, {EXACT_BITS}].")
-        if self.context < 1 or self.sinks < 0 or self.window < 0:
-            raise ConfigError(
-                f"auto: context={self.context} must be >= 1, sinks={self.sinks} and window={self.window} >= 0."
-            )
-        if self.sinks + self.window + ROW_TOKENS >= self.context:
+        if self.context < 1 or self.sinks < 0:
+            raise ConfigError(f"auto: context={self.context} must be >= 1 and sinks={self.sinks} >= 0.")
+        if self.window not in (None, *WINDOWS):
+            raise ConfigError(f"auto: window={self.window}; errors are measured for windows of {WINDOWS} tokens.")
+        if self.sinks + (self.window or 0) + ROW_TOKENS >= self.context:
             raise ConfigError(
                 f"auto: sinks={self.sinks} and window={self.window} leave nothing to encode of context={self.context}."
             )
@@ -70,7 +71,7 @@ class Auto(CacheMethod):
         return {"sinks": self.sinks}
 
     def fit(self, model: PreTrainedModel, calibration: CalibrationSet) -> dict[str, Tensor]:
-        """Tables of all candidates that have some, and `errors.keys`, `errors.values` [layers, Hk, candidates]."""
+        """Tables of all candidates that have some; `errors.keys`, `errors.values` [windows, layers, Hk, candidates]."""
         from trimtab.cache._auto.measuring import candidate_errors, layer_samples
         from trimtab.cache._capture import captured_layers
         from trimtab.models.segments import RopeSource
@@ -91,64 +92,74 @@ class Auto(CacheMethod):
         tokens = calibration.tokens[:MEASURED_ROWS, :MEASURED_LENGTH]
         samples = layer_samples(model, tokens)
         ropes = [RopeSource(model, block.index) for block in blocks]
-        scalings = [float(getattr(block.attention.module, "scaling", dim**-0.5)) for block in blocks]  # type: ignore[arg-type]
-        errors = candidate_errors(samples, ropes, ways, tables, scalings)
+        scalings = [float(getattr(block.attention.module, "scaling", dim**-0.5)) for block in blocks]
+        errors = candidate_errors(samples, ropes, ways, tables, scalings, WINDOWS)
         return tables | {f"errors.{kind}": errors[kind] for kind in KINDS}
 
     def plans(self, layers: Sequence[LayerShape], fitted: Fitted) -> list[tuple[HeadPlan, ...]]:
         ways = {kind: candidates(kind, layers[0].head_dim) for kind in KINDS}
-        chosen = self._chosen(layers, fitted, ways)
+        windows = WINDOWS if self.window is None else (self.window,)
+        solved = [found for window in windows if (found := self._solved(layers, fitted, ways, window)) is not None]
+        if not solved:
+            least = min(self._bits(way, layers[0].head_dim, windows[0]) for kind in KINDS for way in ways[kind])
+            raise BudgetError(
+                f"auto: no choice keeps {self.bits_per_element:g} bits per element at context={self.context}, "
+                f"sinks={self.sinks}; the smallest takes {least:.2f}. Raise bits_per_element or context."
+            )
+        _, window, chosen = min(solved, key=lambda found: found[0])
         found = []
         for layer in layers:
             together: dict[tuple[Candidate, Candidate], list[int]] = {}
             for head in layer.all_heads:
                 pair = (chosen["keys"][layer.index][head], chosen["values"][layer.index][head])
                 together.setdefault(pair, []).append(head)
-            found.append(tuple(self._plan(layer, pair, heads, fitted) for pair, heads in together.items()))
+            found.append(tuple(self._plan(layer, pair, heads, window, fitted) for pair, heads in together.items()))
         return found
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
         raise ConfigError("auto weighs layers against each other; use plans().")
 
-    def _plan(self, layer: LayerShape, pair: tuple[Candidate, Candidate], heads: list[int], fitted: Fitted) -> HeadPlan:
+    def _plan(
+        self, layer: LayerShape, pair: tuple[Candidate, Candidate], heads: list[int], window: int, fitted: Fitted
+    ) -> HeadPlan:
         parts = []
         for kind, way in zip(KINDS, pair, strict=True):
             prefix = f"{kind}.{layer.index}."
             own = {name.removeprefix(prefix): tensor for name, tensor in fitted.items() if name.startswith(prefix)}
             codec = way.codec(own, heads, layer.head_dim)
-            parts.append(TensorPlan(codec=codec, window=self.window, block=way.block, pre_rope=way.pre_rope))
+            parts.append(TensorPlan(codec=codec, window=window, block=way.block, pre_rope=way.pre_rope))
         return HeadPlan(heads=tuple(heads), keys=parts[0], values=parts[1], sinks=self.sinks)
 
-    def _chosen(
-        self, layers: Sequence[LayerShape], fitted: Fitted, ways: dict[Kind, list[Candidate]]
-    ) -> dict[Kind, list[list[Candidate]]]:
-        """kind -> layer -> head -> candidate."""
+    def _solved(
+        self, layers: Sequence[LayerShape], fitted: Fitted, ways: Mapping[Kind, list[Candidate]], window: int
+    ) -> tuple[float, int, dict[Kind, list[list[Candidate]]]] | None:
+        """The least error with this window, the window, and kind -> layer -> head -> candidate; None if none fits."""
         from trimtab.cache._auto.solving import choose
 
         dim, heads = layers[0].head_dim, layers[0].kv_heads
         most = max(len(found) for found in ways.values())
         slots, sizes = [], []
         for kind in KINDS:
-            own = torch.tensor([self._bits(way, dim) for way in ways[kind]])
-            errors = fitted[f"errors.{kind}"].flatten(0, 1).double()
+            own = torch.tensor([self._bits(way, dim, window) for way in ways[kind]])
+            errors = fitted[f"errors.{kind}"][WINDOWS.index(window)].flatten(0, 1).double()
             pad = (0, most - len(ways[kind]))
             slots.append(torch.nn.functional.pad(errors, pad, value=float(errors.max()) * 1e3 + 1.0))
             sizes.append(torch.nn.functional.pad(own, pad, value=1e3).expand(len(errors), -1))
         try:
-            picked = choose(torch.cat(slots), torch.cat(sizes), self.bits_per_element)
-        except BudgetError as error:
-            raise BudgetError(f"auto: {error} (sinks={self.sinks}, window={self.window} at {self.context})") from None
-        found: dict[Kind, list[list[Candidate]]] = {}
+            picked, error = choose(torch.cat(slots), torch.cat(sizes), self.bits_per_element)
+        except BudgetError:
+            return None
+        chosen: dict[Kind, list[list[Candidate]]] = {}
         for number, kind in enumerate(KINDS):
             start = number * len(layers) * heads
-            found[kind] = [
+            chosen[kind] = [
                 [ways[kind][picked[start + layer.index * heads + head]] for head in range(heads)] for layer in layers
             ]
-        return found
+        return error, window, chosen
 
-    def _bits(self, way: Candidate, head_dim: int) -> float:
+    def _bits(self, way: Candidate, head_dim: int, window: int) -> float:
         """Bits per element of a text of `context` tokens: exact tokens, and the room of those waiting, included."""
-        exact = self.sinks + self.window + way.block
+        exact = self.sinks + window + way.block
         return way.bits_per_element(head_dim) * (1 - exact / self.context) + EXACT_BITS * exact / self.context
 
 

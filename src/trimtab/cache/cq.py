@@ -91,12 +91,12 @@ class Cq(CacheMethod):
                 centroids = fit_codebook(points, self.bits, weights, iterations=self.iterations)
                 if self.channels == 1:
                     centroids = _pairs(centroids)
-                found[f"{name}.{layer.layer}"] = centroids.unflatten(0, (x.shape[1], -1))
+                found[f"{name}.{layer.layer}"] = torch.unflatten(centroids, 0, (x.shape[1], -1))
         return found
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[T, Hk, d] -> [Hk d / channels, at most MAX_TOKENS evenly spread tokens, channels]."""
-        return x[:: -(-len(x) // MAX_TOKENS)].flatten(1).unflatten(1, (-1, self.channels)).transpose(0, 1)
+        return torch.unflatten(x[:: -(-len(x) // MAX_TOKENS)].flatten(1), 1, (-1, self.channels)).transpose(0, 1)
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
         plans = {}

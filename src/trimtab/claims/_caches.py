@@ -1,7 +1,7 @@
 """What the claims of cache methods share: read text through a cache on `ref`, and measure what that costs.
 
-Calibration text is the shipped prose for calibration, measurement the held-out prose. Everything is computed in float32;
-bytes are counted as they are for a bfloat16 model. Results are kept while the process lives.
+Calibration text is the shipped prose for calibration, measurement the held-out prose. Everything is computed in
+float32; bytes are counted as they are for a bfloat16 model. Results are kept while the process lives.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ class NotRotated(RotateKV):
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
         (plan,) = super().head_plans(layer, fitted)
-        plain = {
+        plain: dict[str, Any] = {
             kind: dataclasses.replace(part, codec=dataclasses.replace(part.codec, hadamard=0, order=None))
             for kind, part in (("keys", plan.keys), ("values", plan.values))
             if isinstance(part.codec, KVCodec)
@@ -143,6 +144,7 @@ def figures(name: str, found: Measured) -> dict[str, float]:
 def long_text_bytes(method: CacheMethod, tokens: int) -> int:
     """Bytes that a cache for one layer of `ref`, as bfloat16, allocates for so many tokens, times its layers."""
     model = load("ref")
+    model.config.max_position_embeddings = tokens
     layers = model.config.num_hidden_layers
     cache = method.new(model)
     layer = cache.segment_layers[0]
@@ -158,7 +160,8 @@ def long_text_bytes(method: CacheMethod, tokens: int) -> int:
 def key_errors_of_a_prompt(method: CacheMethod) -> tuple[float, float]:
     """Of the first window: half of it is stored as one prompt, the other half attends to it.
 
-    Returns the relative error of the attention output that keys cause, mean over layers, and bits per encoded key element.
+    Returns the relative error of the attention output that keys cause, mean over layers, and bits per key element
+    that is encoded.
     """
     model, half = model_with(None), LENGTH // 2
     error = attention_error(model, method, [inputs(None)], chunk=half).means()["output_keys"]

@@ -57,7 +57,7 @@ def _captured() -> tuple[Tensor, ...]:
 
 def _held_out_error(keys: Tensor, channels: int, bits: int) -> float:
     """Relative error on every second token of codebooks learnt on the others."""
-    points = keys.unflatten(1, (-1, channels)).transpose(0, 1)
+    points = torch.unflatten(keys, 1, (-1, channels)).transpose(0, 1)
     learnt, held = points[:, ::2], points[:, 1::2]
     codebook = fit_codebook(learnt, bits, iterations=20).float()
     codes = nearest_centroid(held, codebook)

@@ -27,7 +27,7 @@ def same_logits() -> Outcome:
             one = model(piece, past_key_values=ours).logits
             other = model(piece, past_key_values=theirs).logits
             largest = max(largest, float((one - other).abs().max()))
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
+    held = sum(getattr(layer, name).nbytes for layer in theirs.layers for name in ("keys", "values"))
     return Outcome(
         measured={"largest_logit_difference": largest, "kv_bytes": ours.nbytes()},
         baseline={"kv_bytes_dynamic_cache": held, "largest_logit": float(one.abs().max())},

@@ -1,4 +1,4 @@
-"""See the queries, keys and values of every attention layer while a model reads, gradients of keys and values included."""
+"""See the queries, keys and values of every attention layer while a model reads, and their gradients."""
 
 from __future__ import annotations
 

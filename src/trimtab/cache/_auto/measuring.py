@@ -10,7 +10,7 @@ those that a cache keeps exactly too, because it is the ranking that counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.cache._auto.candidates import Candidate
+from trimtab.cache._auto.candidates import Candidate, Kind
 from trimtab.core.progress import progress
 from trimtab.kernels.kv_attention.reference import decode
 from trimtab.models.attention_capture import observed_attention
@@ -72,7 +72,7 @@ def layer_samples(model: PreTrainedModel, tokens: Tensor) -> list[LayerSample]:
     found = []
     for block in blocks:
         query, key, value = seen[block.index]
-        gradient = gradients[block.index].unflatten(-1, (query.shape[1], query.shape[3])).transpose(1, 2)
+        gradient = torch.unflatten(gradients[block.index], -1, (query.shape[1], query.shape[3])).transpose(1, 2)
         found.append(LayerSample(query, key, value, gradient))
     return found
 
@@ -80,28 +80,34 @@ def layer_samples(model: PreTrainedModel, tokens: Tensor) -> list[LayerSample]:
 def candidate_errors(
     samples: list[LayerSample],
     ropes: list[RopeSource],
-    ways: Mapping[str, list[Candidate]],
+    ways: Mapping[Kind, list[Candidate]],
     tables: Mapping[str, Tensor],
     scalings: list[float],
-) -> dict[str, Tensor]:
-    """{"keys": [layers, Hk, candidates], "values": ...}: the error of each."""
-    errors: dict[str, list[Tensor]] = {"keys": [], "values": []}
+    windows: Sequence[int],
+) -> dict[Kind, Tensor]:
+    """{"keys": [windows, layers, Hk, candidates], "values": ...}: the error of each beside each window."""
+    errors: dict[Kind, list[Tensor]] = {"keys": [], "values": []}
     with progress("measuring candidates", len(samples)) as advance:
         for index, sample in enumerate(samples):
             exact = _Exact(sample, scalings[index])
-            for kind in ("keys", "values"):
+            for kind in errors:
                 own = {
                     name.removeprefix(f"{kind}.{index}."): tensor
                     for name, tensor in tables.items()
                     if name.startswith(f"{kind}.{index}.")
                 }
-                found = [exact.error(kind, _stored(sample, kind, way, own, ropes[index])) for way in ways[kind]]
-                errors[kind].append(torch.stack(found, dim=1))
+                found = [
+                    exact.errors(
+                        kind, _stored(sample, kind, way, own, ropes[index]), [w + way.block // 2 for w in windows]
+                    )
+                    for way in ways[kind]
+                ]
+                errors[kind].append(torch.stack(found, dim=-1))
             advance("")
-    return {kind: torch.stack(found) for kind, found in errors.items()}
+    return {kind: torch.stack(found, dim=1) for kind, found in errors.items()}
 
 
-def _stored(sample: LayerSample, kind: str, way: Candidate, tables: Mapping[str, Tensor], rope: RopeSource) -> Tensor:
+def _stored(sample: LayerSample, kind: Kind, way: Candidate, tables: Mapping[str, Tensor], rope: RopeSource) -> Tensor:
     """Keys or values [R, Hk, T, d] as the candidate gives them back."""
     x = sample.keys if kind == "keys" else sample.values
     rows, heads, length, dim = x.shape
@@ -126,23 +132,30 @@ class _Exact:
         self.sample = sample
         self.scaling = scaling
         self.group = sample.query.shape[1] // sample.keys.shape[1]
-        length = sample.query.shape[2]
-        self.hidden = torch.ones((length, length), dtype=torch.bool, device=sample.query.device).triu(1)
-        self.weights = self._weights(sample.keys)
-        self.output = self.weights @ self._spread(sample.values)
+        place = torch.arange(sample.query.shape[2], device=sample.query.device)
+        self.distance = place[:, None] - place
+        self.values = self._spread(sample.values)
+        self.scores = self._scores(sample.keys)
+        self.weights = self.scores.softmax(dim=-1)
+        self.output = self.weights @ self.values
 
     def _spread(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.group, dim=1)
 
-    def _weights(self, keys: Tensor) -> Tensor:
-        scores = self.sample.query @ self._spread(keys).transpose(2, 3) * self.scaling
-        return scores.masked_fill_(self.hidden, -torch.inf).softmax(dim=-1)
+    def _scores(self, keys: Tensor) -> Tensor:
+        scores: Tensor = self.sample.query @ self._spread(keys).transpose(2, 3) * self.scaling
+        return scores.masked_fill_(self.distance < 0, -torch.inf)
 
-    def error(self, kind: str, stored: Tensor) -> Tensor:
-        """[Hk] with these keys or values instead."""
-        if kind == "keys":
-            output = self._weights(stored) @ self._spread(self.sample.values)
-        else:
-            output = self.weights @ self._spread(stored)
-        moved = (output - self.output) * self.sample.gradient
-        return moved.square().sum(dim=(0, 2, 3)).unflatten(0, (-1, self.group)).sum(dim=1)
+    def errors(self, kind: Kind, stored: Tensor, exact_tokens: Sequence[int]) -> Tensor:
+        """[len(exact_tokens), Hk] with these keys or values for all but so many of the latest tokens."""
+        changed = self._scores(stored) if kind == "keys" else self._spread(stored - self.sample.values)
+        found = []
+        for exact in exact_tokens:
+            near = self.distance < exact
+            if kind == "keys":
+                moved = torch.where(near, self.scores, changed).softmax(dim=-1) @ self.values - self.output
+            else:
+                moved = self.weights.masked_fill(near, 0.0) @ changed
+            per_head = (moved * self.sample.gradient).square().sum(dim=(0, 2, 3))
+            found.append(per_head.view(-1, self.group).sum(dim=1))
+        return torch.stack(found)

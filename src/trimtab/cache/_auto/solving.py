@@ -10,9 +10,10 @@ from torch import Tensor
 from trimtab.core.errors import BudgetError, NumericsError
 
 
-def choose(errors: Tensor, bits: Tensor, budget_bits: float) -> list[int]:
+def choose(errors: Tensor, bits: Tensor, budget_bits: float) -> tuple[list[int], float]:
     """For each of the S slots one of the C candidates: the least sum of errors with mean bits <= budget_bits.
 
+    Returns the choices and that sum.
     errors [S, C], bits [S, C] per element; all slots hold as many elements. An integer program, solved to optimality by
     HiGHS. Raises BudgetError, naming the smallest budget, if not even the smallest candidates fit.
     """
@@ -31,4 +32,5 @@ def choose(errors: Tensor, bits: Tensor, budget_bits: float) -> list[int]:
     found = milp(cost, constraints=constraint, integrality=np.ones_like(cost), bounds=Bounds(0, 1), options=options)
     if found.x is None:
         raise NumericsError(f"the budget of the cache could not be solved: {found.message}")
-    return [int(i) for i in found.x.reshape(slots, ways).argmax(axis=1)]
+    picked = [int(i) for i in found.x.reshape(slots, ways).argmax(axis=1)]
+    return picked, float(errors[range(slots), picked].sum())

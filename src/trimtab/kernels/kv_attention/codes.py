@@ -23,7 +23,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     *lead, tokens, channels = codes.shape
     padded = torch.zeros((*lead, tiles(tokens) * TILE, channels), dtype=torch.uint8, device=codes.device)
     padded[..., :tokens, :] = codes.to(torch.uint8)
-    rows = padded.unflatten(-2, (-1, TILE)).transpose(-1, -2)  # [..., T, c, 32]
+    rows = torch.unflatten(padded, -2, (-1, TILE)).transpose(-1, -2)  # [..., T, c, 32]
     if bits == 3:
         return torch.cat([_pack(rows & 3, 2), _pack(rows >> 2, 1)], dim=-1)
     return _pack(rows, bits)
@@ -43,7 +43,7 @@ def _pack(rows: Tensor, bits: int) -> Tensor:
     """[..., 32] codes -> [..., 4 bits] bytes. Byte k of word w holds codes j with j % bits = w, 8 / bits of them."""
     per_byte = 8 // bits
     # code j = (byte * per_byte + slot) * bits + word
-    parts = rows.unflatten(-1, (4, per_byte, bits))
+    parts = torch.unflatten(rows, -1, (4, per_byte, bits))
     shifts = (torch.arange(per_byte, device=rows.device) * bits).to(torch.uint8)[:, None]
     summed = (parts << shifts).sum(dim=-2, dtype=torch.uint8)  # [..., byte, word]
     return summed.transpose(-1, -2).flatten(-2).contiguous()
@@ -51,7 +51,7 @@ def _pack(rows: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
-    parts = packed.unflatten(-1, (bits, 4)).transpose(-1, -2)  # [..., byte, word]
+    parts = torch.unflatten(packed, -1, (bits, 4)).transpose(-1, -2)  # [..., byte, word]
     shifts = (torch.arange(per_byte, device=packed.device) * bits).to(torch.uint8)[:, None]
     return ((parts[..., None, :] >> shifts) & ((1 << bits) - 1)).flatten(-3)
 

@@ -45,10 +45,10 @@ def rotary(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
 
 def hadamard_transform(x: Tensor, size: int) -> Tensor:
     """x [..., c] times the normalised Walsh-Hadamard matrix, in blocks of `size` (a power of two that divides c)."""
-    blocks = x.unflatten(-1, (-1, size))
+    blocks = torch.unflatten(x, -1, (-1, size))
     width = 1
     while width < size:
-        pairs = blocks.unflatten(-1, (-1, 2, width))
+        pairs = torch.unflatten(blocks, -1, (-1, 2, width))
         blocks = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2)
         blocks = blocks.flatten(-3)
         width *= 2
@@ -82,7 +82,7 @@ def _spread(run: Run, parameters: Tensor) -> Tensor:
         group = torch.arange(run.tokens, device=parameters.device) // run.group_tokens
         return parameters[:, group]
     channels = torch.arange(run.heads * run.head_dim, device=parameters.device) // run.group_channels
-    return parameters[channels, : run.tokens].unflatten(0, (run.heads, run.head_dim)).transpose(1, 2)
+    return torch.unflatten(parameters[channels, : run.tokens], 0, (run.heads, run.head_dim)).transpose(1, 2)
 
 
 def _with_outliers(run: Run, dense: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _unrotated(run: Run, dense: Tensor) -> Tensor:
         flat = torch.empty_like(flat).index_copy_(1, run.order.long(), flat)
     if run.hadamard:
         flat = hadamard_transform(flat, run.hadamard)
-    return flat.unflatten(1, (run.heads, run.head_dim)).transpose(0, 1)
+    return torch.unflatten(flat, 1, (run.heads, run.head_dim)).transpose(0, 1)
 
 
 def kv_attention_reference(

@@ -107,7 +107,8 @@ class Run:
     @classmethod
     def from_state(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Run:
         """The inverse of `spec` and `tensors`; checks neither names nor shapes."""
-        return cls(**spec, **tensors)
+        fields: dict[str, Any] = {**spec, **tensors}
+        return cls(**fields)
 
     @property
     def rank(self) -> int:
@@ -118,7 +119,17 @@ class Run:
         return next(iter(self.tensors().values())).device
 
 
-_PLAIN = ("tokens", "heads", "head_dim", "first_position", "bits", "coupled", "group_tokens", "group_channels", "hadamard")
+_PLAIN = (
+    "tokens",
+    "heads",
+    "head_dim",
+    "first_position",
+    "bits",
+    "coupled",
+    "group_tokens",
+    "group_channels",
+    "hadamard",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,6 +187,14 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._settle(prefill=fresh and length > 1, sliding_window=forget)
         return out
 
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Keep keys, rotated, and values [R, Hk, T, d] that were computed elsewhere; nothing attends to them now."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        fresh = self.length == 0
+        self._append(keys, values, None, None, None)
+        self._settle(prefill=fresh and keys.shape[2] > 1, sliding_window=None)
+
     def note_inputs(self, hidden: Tensor) -> None:
         """Mark the pivots of the prompt that is about to come; of later tokens none is one."""
         if self.length == 0:
