@@ -1,0 +1,109 @@
+"""Small models of every family with heads that all methods can take, and caches for them, fitted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.cache._files import model_fingerprint
+from trimtab.cache._making import fitted_for, fitted_key, layer_shapes
+from trimtab.cache.base import CacheMethod
+from trimtab.core.registry import method_class
+from trimtab.kernels.kv_attention.reference import decode
+from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.info import info_of
+from trimtab.models.random import random_model
+from trimtab.models.segments import SegmentCache
+
+POSITIONS = 512
+_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 128, "n_positions": POSITIONS},
+    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
+    "gpt_neox": {"hidden_size": 128},
+    "phi3": {"hidden_size": 128},
+}
+_FITTED: dict[tuple[str, str], Any] = {}
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def tiny(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    """A random model with heads of 32 channels and 512 positions."""
+    own = _SIZES.get(family, {"head_dim": 32})
+    if family != "gpt2":
+        own = {**own, "max_position_embeddings": POSITIONS}
+    return random_model(family, **{**own, **overrides})
+
+
+def tokens(rows: int, length: int, seed: int = 1, vocabulary: int = 131) -> Tensor:
+    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibration() -> CalibrationSet:
+    return CalibrationSet.from_tokens(tokens(12, 64, seed=7), source="random tokens")
+
+
+def build(name: str, options: dict[str, Any]) -> CacheMethod:
+    method = method_class(name)(**options)
+    assert isinstance(method, CacheMethod)
+    return method
+
+
+def fitted(model: PreTrainedModel, method: CacheMethod) -> CacheMethod:
+    """The method, fitted for the model on random tokens unless that was done before for an equal one."""
+    if not method.calibrated:
+        return method
+    key = fitted_key(method)
+    place = model_fingerprint(model), key
+    known = info_of(model).fitted_caches
+    if place not in _FITTED:
+        if type(method).name() == "retrieval_heads":  # a random model retrieves nothing
+            shapes = layer_shapes(model)
+            drawn = torch.rand(len(shapes), shapes[0].kv_heads, generator=torch.Generator().manual_seed(3))
+            known[key] = {"scores": drawn, "sums": drawn}
+        else:
+            fitted_for(method, model, calibration())
+        _FITTED[place] = known[key]
+    known[key] = _FITTED[place]
+    return method
+
+
+def new_cache(model: PreTrainedModel, name: str, options: dict[str, Any]) -> SegmentCache:
+    return fitted(model, build(name, options)).new(model)
+
+
+def feed(model: PreTrainedModel, cache: SegmentCache, ids: Tensor, sizes: list[int], **more: Tensor) -> Tensor:
+    """Logits of ids, read in chunks of these sizes."""
+    parts, begin = [], 0
+    for chunk in ids.split(sizes, dim=1):
+        end = begin + chunk.shape[1]
+        own: dict[str, Any] = {}
+        if "attention_mask" in more:
+            own["attention_mask"] = more["attention_mask"][:, :end]
+            own["position_ids"] = more["position_ids"][:, begin:end]
+        parts.append(model(chunk, past_key_values=cache, **own).logits)
+        begin = end
+    return torch.cat(parts, dim=1)
+
+
+def held(cache: SegmentCache, row: int = 0) -> list[Tensor]:
+    """Keys and values of a row as attention reads them, of each layer and group of heads."""
+    found = []
+    for layer in cache.segment_layers:
+        for group in layer.groups:
+            lane, rope = group.lane(row, group.plan.heads), layer._rope_table()
+            found += [torch.cat([decode(run, rope) for run in runs], dim=1) for runs in (lane.keys, lane.values)]
+    return found
+
+
+def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
