@@ -87,16 +87,27 @@ def test_codebooks_are_the_same_again_and_groups_do_not_know_each_other() -> Non
     assert torch.equal(fit_codebook(x, 4, iterations=3)[0], fit_codebook(other, 4, iterations=3)[0])
 
 
-def test_every_centroid_is_used() -> None:
-    """Two far clusters of equal points and a few stray ones: centroids that lose all points move to the strays."""
-    x = torch.zeros(1, 1000, 2)
-    x[0, 500:] = 50.0
-    x[0, :6] = torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0], [5, 0], [6, 0]])
-    weights = torch.ones(1, 1000)
+def test_first_centroids_are_drawn_far_apart() -> None:
+    """Eight far clusters, one with most of the points: uniform draws would put nearly all centroids there."""
+    centres = 100 * torch.eye(8)
+    owner = torch.cat([torch.arange(8).repeat(10), torch.zeros(920, dtype=torch.long)])
+    x = (centres[owner] + torch.randn(1000, 8))[None]
     for seed in range(4):
-        table = fit_codebook(x, 3, weights, seed=seed).float()
-        assert len(nearest_centroid(x, table).unique()) == 8
-        assert float((x - table[0, nearest_centroid(x, table)[0]]).abs().max()) == 0
+        table = fit_codebook(x, 3, seed=seed).float()
+        near = table[0, nearest_centroid(x, table)[0]]
+        assert float((x[0] - near).square().sum(1).mean()) < 10  # 8 if each cluster has its own
+
+
+def test_centroids_that_lose_all_points_move_to_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 1000, 2)
+    x[0, :7, 0] = torch.arange(1.0, 8.0)
+    x[1, :7, 1] = torch.arange(1.0, 8.0) * 3
+    monkeypatch.setattr("trimtab.tensors.kv.codebook._first_centroids", lambda *_: torch.zeros(2, 8, 2))
+    table = fit_codebook(x, 3).float()
+    codes = nearest_centroid(x, table)
+    for group in range(2):
+        assert len(codes[group].unique()) == 8
+        assert torch.equal(table[group, codes[group]], x[group])
 
 
 def test_the_nearest_centroid_is_found_far_from_zero_and_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
