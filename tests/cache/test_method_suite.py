@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import trimtab as tt
@@ -23,7 +21,20 @@ from trimtab.tensors.kv.codec import KVCodec
 from trimtab.weights import Rtn
 
 from .cases import CASES, FIRST, PROMPT, Case
-from .conftest import build, calibration, feed, fitted, held, new_cache, same, tiny, tokens
+from .conftest import (
+    build,
+    calibration,
+    divergence,
+    feed,
+    fitted,
+    held,
+    keys_and_values,
+    new_cache,
+    same,
+    store,
+    tiny,
+    tokens,
+)
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 each = pytest.mark.parametrize("case", CASES, ids=str)
@@ -35,12 +46,6 @@ SLACK = 64
 
 def of(case: Case, model: PreTrainedModel) -> SegmentCache:
     return new_cache(model, case.name, case.options)
-
-
-def divergence(exact: Tensor, found: Tensor) -> float:
-    """Mean KL divergence in nats of next-token predictions from logits."""
-    log_p = exact.log_softmax(-1)
-    return float((log_p.exp() * (log_p - found.log_softmax(-1))).sum(-1).mean())
 
 
 def codecs(cache: SegmentCache) -> list[KVCodec]:
@@ -107,38 +112,6 @@ def test_what_fits_into_the_window_is_exact(case: Case) -> None:
 
 
 # What is stored does not depend on how it came
-
-
-def keys_and_values() -> tuple[Tensor, Tensor]:
-    """Those of the first layer of the random Llama, keys after rotary embedding, [3, 2, PROMPT, 32]."""
-    model = tiny()
-    cache = new_cache(model, "exact", {})
-    feed(model, cache, tokens(3, PROMPT, seed=5), [PROMPT])
-    group = cache.segment_layers[0].groups[0]
-    keys, values = (torch.stack([side.window(row) for row in range(3)]) for side in group.sides)
-    return keys, values
-
-
-def store(
-    cache: SegmentCache, keys: Tensor, values: Tensor, sizes: Sequence[int], padding: Sequence[int] | None = None
-) -> None:
-    """Give the first layer keys and values in chunks; `padding`: for each row, how many of the first are none."""
-    layer, begin = cache.segment_layers[0], 0
-    rows, length = keys.shape[0], keys.shape[2]
-    columns = torch.arange(length)
-    starts = torch.tensor(padding if padding is not None else [0] * rows)[:, None]
-    for size in sizes:
-        end = begin + size
-        if begin == 0 and layer.plan[0].pivots:
-            layer.note_inputs(values[:, 0, :size])
-        k, v = layer.update(keys[:, :, begin:end], values[:, :, begin:end])
-        mask = None
-        if padding is not None:
-            mask = (columns[None, begin:end, None] >= columns[None, None, :end]) & (columns[:end] >= starts[:, None])
-        positions = (columns[begin:end] - starts).clamp(min=0)
-        layer.attend(k.repeat_interleave(2, 1), None if mask is None else mask[:, None], positions, 1.0, None, None)
-        begin = end
-    assert begin == length
 
 
 @each
