@@ -3,6 +3,7 @@
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
+    python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers and on another text too
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
 
 Result files are added and not edited; a second run on the same day and machine replaces that day's file.
@@ -57,6 +58,13 @@ def evaluate() -> tuple[dict[str, Any], int]:
     return {"models": {name: trimtab("evaluate", name, "--json")[0] for name in ("ref", "ref-mini")}}, 0
 
 
+def caches() -> tuple[dict[str, Any], int]:
+    """All methods of the cache room on `ref`."""
+    from trimtab.evaluation.caches.survey import survey
+
+    return survey("ref", tell=lambda line: print(line, file=sys.stderr, flush=True)), 0
+
+
 def kv_decode() -> tuple[dict[str, Any], int]:
     """trimtab's caches and other libraries', at the default setting."""
     command = ("bench", "kv-decode", "--seed", "0", "--json")
@@ -67,6 +75,7 @@ def kv_decode() -> tuple[dict[str, Any], int]:
 THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {
     "compare": compare,
     "claims": claims,
+    "caches": caches,
     "evaluate": evaluate,
     "kv-decode": kv_decode,
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.app.report import text
+from trimtab.app.report.cache_view import cache_row, cells_of, columns_of
 from trimtab.app.report.rows import Interval, Row, main_metrics, row_of
 from trimtab.core.run_record import RunRecord
 
@@ -121,6 +122,32 @@ def grid_matmul_table(document: Document, batch: str | None) -> str:
     return f"{markdown(columns, rows)}\n\n{source_line(document, 'Medians.')}" if rows else ""
 
 
+def caches_table(document: Document, method: str | None) -> str:
+    """Rows of the cache room on `ref`, plain; then KL under outliers and on the calibration text."""
+    entries = [e for e in document["entries"] if method in (None, e["method"])]
+    if not entries:
+        return ""
+    rows = [cache_row(document["baseline"]["plain"], "no compression", None)]
+    rows += [cache_row(e["conditions"]["plain"], e["label"], e["method"]) for e in entries]
+    columns = columns_of(rows)
+    shown = [i for i, name in enumerate(columns) if name not in ("cache bytes", "tokens/s")]
+    others = [name for name in document["baseline"] if name != "plain"]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row.label, *(" ".join(part for part in cell if part) for cell in cells_of(row, rows))]
+        extra = [
+            text.NOTHING if number == 0 else _kl(entries[number - 1]["conditions"][condition]) for condition in others
+        ]
+        lines.append([*(cells[i] for i in shown), *extra])
+    heads = [*(columns[i] for i in shown), *(f"KL, {condition}" for condition in others)]
+    note = "Bits with keys and values in bfloat16, quality in float32. Brackets hold 95 % intervals."
+    return f"{markdown(heads, lines)}\n\n{source_line(document, note)}"
+
+
+def _kl(figures: Mapping[str, Any]) -> str:
+    return text.interval(Interval.of(figures["divergence"]["kl_nats_per_token"]))
+
+
 def evaluate_table(document: Document, _: str | None) -> str:
     """Task metrics of the reference models, one column per model."""
     models = document["models"]
@@ -140,6 +167,7 @@ def evaluate_table(document: Document, _: str | None) -> str:
 TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "compare": compare_table,
     "claims": claims_table,
+    "caches": caches_table,
     "evaluate": evaluate_table,
     "grid-matmul": grid_matmul_table,
 }
