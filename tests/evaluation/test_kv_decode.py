@@ -157,14 +157,16 @@ def _only(name: str, value: str | None) -> Iterator[None]:
 def test_reference_step_changes_the_kernels_for_this_step_only(model_directory: Path, value: str | None) -> None:
     session = torch_sessions.open_dynamic(model_directory, SETTING, fast_linear=False)
     assert session.reference_step(1) is None
-    session._reference = True
-    seen: list[str | None] = []
+    session = torch_sessions.open_dynamic(model_directory, SETTING, fast_linear=True)
+    seen: list[tuple[str | None, bool]] = []
+    head = session._model.lm_head
     with _only("TRIMTAB_KERNELS", value):
         session.prefill(SETTING.tokens()[:8])
-        session._model.lm_head.register_forward_hook(lambda *_: seen.append(os.environ.get("TRIMTAB_KERNELS")))
+        head.register_forward_hook(lambda *_: seen.append((os.environ.get("TRIMTAB_KERNELS"), "forward" in vars(head))))
         session.reference_step(1)
         session.step(2)
-    assert seen == ["reference", value]
+    assert session._fast is not None
+    assert seen == [("reference", False), (value, bool(session._fast.names))]
 
 
 @pytest.mark.parametrize("name", ["exact", "kivi-2", "rotatekv-4"])

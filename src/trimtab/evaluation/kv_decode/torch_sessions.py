@@ -22,6 +22,7 @@ from trimtab.evaluation.kv_decode.measure import Setting
 from trimtab.kernels.bandwidth import kernel_report
 from trimtab.kernels.op import KERNELS_VARIABLE
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.fast_linear import FastLinear, use_fast_linear
 
 _CALIBRATION_SEQUENCES = 4  # of a quarter of the context each
 
@@ -33,7 +34,7 @@ class TorchSession:
     reading      what surrounds the reading of a prompt
     telling      whether layers are told `cache_position`, which transformers itself no longer does and kvpress asks for
     count        bytes of a cache; the default goes through its tensors
-    reference    whether steps can be repeated with the reference kernels
+    fast         trimtab's linear layers, where they are in use; then steps can be repeated with the references
     """
 
     def __init__(
@@ -45,10 +46,10 @@ class TorchSession:
         reading: Callable[[], AbstractContextManager[Any]] = nullcontext,
         telling: bool = False,
         count: Callable[[Any], int] | None = None,
-        reference: bool = False,
+        fast: FastLinear | None = None,
     ) -> None:
         self._model, self._new_cache, self._library, self._reading = model, new_cache, library, reading
-        self._telling, self._count, self._reference = telling, count, reference
+        self._telling, self._count, self._fast = telling, count, fast
         self._cache: Any = None
         self._logits = torch.empty(0)
         self._position = 0
@@ -88,18 +89,20 @@ class TorchSession:
         return tensor_bytes(self._cache) if self._count is None else self._count(self._cache)
 
     def reference_step(self, token: int) -> list[float] | None:
-        """One step with all kernels on their PyTorch references, which put keys and values together first."""
-        if not self._reference:
+        """One step with torch's linear layers and the kernels' references, which put keys and values together first."""
+        if self._fast is None:
             return None
+        self._fast.remove()
         with _reference_kernels():
             self.step(token)
+        self._fast = use_fast_linear(self._model)
         return self.logits()
 
     def facts(self) -> dict[str, Any]:
         """Version, how the bytes were counted, and for trimtab's systems the kernels that run here."""
         source = "storage of the cache's tensors" if self._count is None else "the cache's own count of its buffers"
         facts: dict[str, Any] = {"library": f"{self._library} {_version(self._library)}", "kv_bytes_from": source}
-        if self._reference:
+        if self._fast is not None:
             available = [kernel for kernel in kernel_report() if kernel["available"]]
             # the fastest is first; a backend that is missing must not look like one that is slow
             facts["kernels"] = {kernel["operation"]: kernel["backend"] for kernel in reversed(available)}
@@ -108,13 +111,10 @@ class TorchSession:
 
 def open_dynamic(directory: Path, setting: Setting, *, fast_linear: bool) -> TorchSession:
     """transformers' default cache, keys and values in the model's dtype; with trimtab's linear layers if asked for."""
-    model = _load(directory, fast_linear=fast_linear)
-    return TorchSession(
-        model,
-        lambda: DynamicCache(config=model.config),
-        library="trimtab" if fast_linear else "transformers",
-        reference=fast_linear,
-    )
+    model = models.load(directory)
+    fast = use_fast_linear(model) if fast_linear else None
+    library = "trimtab" if fast_linear else "transformers"
+    return TorchSession(model, lambda: DynamicCache(config=model.config), library=library, fast=fast)
 
 
 def open_quantized(directory: Path, setting: Setting, *, backend: str, bits: int) -> TorchSession:
@@ -122,7 +122,7 @@ def open_quantized(directory: Path, setting: Setting, *, backend: str, bits: int
 
     Axes are those that transformers' guide names for each: 1 for hqq, 0 for quanto.
     """
-    model = _load(directory)
+    model = models.load(directory)
     axes = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
 
     def new() -> QuantizedCache:
@@ -134,29 +134,26 @@ def open_quantized(directory: Path, setting: Setting, *, backend: str, bits: int
 def open_kvpress(directory: Path, setting: Setting, *, press: str, options: dict[str, Any]) -> TorchSession:
     """A press of kvpress: after reading the prompt it removes a share of the tokens."""
     kvpress = importlib.import_module("kvpress")
-    model = _load(directory)
+    model = models.load(directory)
     made = getattr(kvpress, press)(**options)
     return TorchSession(model, DynamicCache, library="kvpress", reading=lambda: made(model), telling=True)
 
 
 def open_trimtab(directory: Path, setting: Setting, *, method: str, options: dict[str, Any]) -> TorchSession:
     """A method of the cache room, with trimtab's linear layers; what it learns, it learns from random tokens."""
-    model = _load(directory, fast_linear=True)
+    model = models.load(directory)
     chosen: Any = method_class(method)(**options)
     if chosen.calibrated:
         generator = torch.Generator().manual_seed(setting.seed + 1)
         tokens = torch.randint(setting.vocabulary, (_CALIBRATION_SEQUENCES, setting.context // 4), generator=generator)
         fitted_for(chosen, model, CalibrationSet.from_tokens(tokens, source="random tokens"))
     return TorchSession(
-        model, lambda: chosen.new(model), library="trimtab", count=lambda cache: int(cache.nbytes()), reference=True
+        model,
+        lambda: chosen.new(model),
+        library="trimtab",
+        count=lambda cache: int(cache.nbytes()),
+        fast=use_fast_linear(model),
     )
-
-
-def _load(directory: Path, *, fast_linear: bool = False) -> PreTrainedModel:
-    model = models.load(directory)
-    if fast_linear:
-        importlib.import_module("trimtab.models.fast_linear").use_fast_linear(model)
-    return model
 
 
 @contextmanager
