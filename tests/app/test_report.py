@@ -129,3 +129,26 @@ def test_figures_as_text() -> None:
     assert text.interval(None) == text.NOTHING
     assert text.number(1234.5) == "1,234"
     assert text.number(1e-5) == "1.00e-05"
+
+
+def test_a_comparison_of_caches_has_columns_of_its_own(records: list[RunRecord]) -> None:
+    def interval(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.001, "high": value + 0.001}
+
+    plain = RunRecord(command="compare", config={"kind": "caches", "label": "uncompressed", "method": None})
+    plain.metrics = {"divergence": {"bits_per_byte": interval(1.522)}, "recall": {"16 words at 128": interval(0.99)}}
+    kivi = RunRecord(command="compare", config={"kind": "caches", "label": "kivi 2-bit", "method": "kivi"})
+    kivi.metrics = {
+        "bits": {"bits": 4.53, "encoded": 3.0, "nbytes": 2_375_680},
+        "divergence": {"kl_nats_per_token": interval(0.022), "bits_per_byte": interval(1.529)},
+        "attention": {"output": 0.107, "keys": 0.272, "values": 0.382},
+        "recall": {"16 words at 128": interval(0.97)},
+        "speed": {"decode_tokens_per_second_median": 321.0},
+    }
+    page = render([plain, kivi])
+    for shown in ("4.53", "2.38 MB", "[0.021, 0.023]", "0.970", "0.382", "321", "16 words at 128", "bits / element"):
+        assert shown in page
+    assert len(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)) == 2
+    assert "bits at rest" not in page
+    with pytest.raises(DataError, match="not one of a comparison of caches"):
+        render([plain, records[0]])

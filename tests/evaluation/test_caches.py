@@ -244,3 +244,13 @@ def test_everything_of_one_method(own: LlamaForCausalLM, text: str) -> None:
 
 def test_speed_with_a_cache(own: LlamaForCausalLM) -> None:
     assert measure_speed(own, prompt_tokens=8, new_tokens=2, repeats=1, cache=EXACT).decode_ms_median > 0
+
+
+def test_survey_options_are_the_bits_that_a_method_takes() -> None:
+    from trimtab.evaluation.caches.named import cache_names
+    from trimtab.evaluation.caches.survey import survey_options
+
+    options = survey_options(bits=(2, 7))
+    assert {name for name, _ in options} == set(cache_names())
+    assert [own for name, own in options if name == "kivi"] == [{"bits": 2}]
+    assert [own for name, own in options if name == "exact"] == [{}]
