@@ -25,13 +25,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from trimtab.cache.base import CacheMethod, Fitted, LayerShape
 from trimtab.core.errors import ConfigError
 from trimtab.models.segments import HeadPlan, TensorPlan
 from trimtab.tensors.kv.codec import KVCodec
-from trimtab.tensors.kv.rotation import hadamard_channels
+from trimtab.tensors.kv.rotation import channel_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,9 +83,7 @@ class RotateKV(CacheMethod):
         found = {}
         for layer in captured_layers(model, calibration, fisher=False):
             size = self._rotation(*layer.keys.shape[1:])
-            summed = layer.keys.flatten(1).double().sum(dim=0).float()
-            order = hadamard_channels(summed[None, :, None], size)[0, :, 0].argsort(stable=True)
-            found[f"order.{layer.layer}"] = order.to(torch.int16)
+            found[f"order.{layer.layer}"] = channel_order(layer.keys.double().sum(dim=0), size)
         return found
 
     def _rotation(self, kv_heads: int, head_dim: int) -> int:

@@ -8,6 +8,9 @@ from torch import Tensor
 from trimtab.core.errors import ConfigError
 from trimtab.kernels.kv_attention.run import CODE_BITS, TILE, tiles
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of `bits` bytes."""
+
 
 def row_bytes(bits: int) -> int:
     """Bytes of a row of 32 codes."""
@@ -19,14 +22,28 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
     Raises ConfigError for another number of bits than 1, 2, 3, 4, 8.
     """
-    _check(bits)
     *lead, tokens, channels = codes.shape
-    padded = torch.zeros((*lead, tiles(tokens) * TILE, channels), dtype=torch.uint8, device=codes.device)
-    padded[..., :tokens, :] = codes.to(torch.uint8)
-    rows = torch.unflatten(padded, -2, (-1, TILE)).transpose(-1, -2)  # [..., T, c, 32]
+    padded = torch.zeros((*lead, channels, tiles(tokens) * TILE), dtype=torch.uint8, device=codes.device)
+    padded[..., :tokens] = codes.transpose(-1, -2)
+    return pack_channels(padded, bits)
+
+
+def pack_channels(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., c, 32 T] uint8, contiguous, channel by channel -> uint8 [..., T, c, 4 bits], as `pack_rows`.
+
+    Byte k of word w of a row holds codes 8 k + slot * bits + w. Codes that share a byte are `bits` codes apart, so
+    integers of `bits` bytes are shifted over one another whole.
+    """
+    _check(bits)
     if bits == 3:
-        return torch.cat([_pack(rows & 3, 2), _pack(rows >> 2, 1)], dim=-1)
-    return _pack(rows, bits)
+        return torch.cat([pack_channels(codes & 3, 2), pack_channels(codes >> 2, 1)], dim=-1)
+    words = torch.unflatten(codes, -1, (-1, TILE)).view(_WORDS[bits])
+    slots = torch.unflatten(words, -1, (4, 8 // bits))  # [..., c, T, byte, slot]
+    packed = slots[..., 0].contiguous()
+    for slot in range(1, 8 // bits):
+        packed |= slots[..., slot] << (slot * bits)
+    rows = torch.unflatten(packed.view(torch.uint8), -1, (4, bits))  # [..., c, T, byte, word]
+    return rows.transpose(-1, -2).transpose(-3, -4).flatten(-2).contiguous()
 
 
 def unpack_rows(packed: Tensor, bits: int, tokens: int) -> Tensor:
@@ -37,16 +54,6 @@ def unpack_rows(packed: Tensor, bits: int, tokens: int) -> Tensor:
     else:
         rows = _unpack(packed, bits)
     return rows.transpose(-1, -2).flatten(-3, -2)[..., :tokens, :]
-
-
-def _pack(rows: Tensor, bits: int) -> Tensor:
-    """[..., 32] codes -> [..., 4 bits] bytes. Byte k of word w holds codes j with j % bits = w, 8 / bits of them."""
-    per_byte = 8 // bits
-    # code j = (byte * per_byte + slot) * bits + word
-    parts = torch.unflatten(rows, -1, (4, per_byte, bits))
-    shifts = (torch.arange(per_byte, device=rows.device) * bits).to(torch.uint8)[:, None]
-    summed = (parts << shifts).sum(dim=-2, dtype=torch.uint8)  # [..., byte, word]
-    return summed.transpose(-1, -2).flatten(-2).contiguous()
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:

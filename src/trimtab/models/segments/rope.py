@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import TargetError
 from trimtab.kernels.kv_attention import Rope
+from trimtab.tensors.kv.rotary import inverse_rope
 
 _GROWTH = 1024
 _FEW, _KEPT = 64, 4
@@ -89,5 +90,4 @@ def rotated(x: Tensor, rope: Rope) -> Tensor:
 
 def unrotated(x: Tensor, rope: Rope) -> Tensor:
     """The inverse of `rotated`, exact to rounding; the scaling that cos and sin hold is divided out."""
-    size = rope.cos.square() + rope.sin.square()
-    return rotated(x, Rope(rope.cos / size, -rope.sin / size))
+    return rotated(x, inverse_rope(rope))

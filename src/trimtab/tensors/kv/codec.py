@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError, NumericsError
+from trimtab.kernels.kv_attention.codes import pack_channels
 from trimtab.kernels.kv_attention.run import EXACT_DTYPES, TILE, Run, tiles
 from trimtab.tensors.kv import grid
 from trimtab.tensors.kv.codebook import nearest_centroid
 from trimtab.tensors.kv.low_rank import low_rank
 from trimtab.tensors.kv.options import check_options
 from trimtab.tensors.kv.outliers import OutlierRule, outlier_rows
-from trimtab.tensors.kv.packing import pack_channels
 from trimtab.tensors.kv.rotation import hadamard_channels
 
 _Rows = dict[str, Any]
