@@ -3,7 +3,7 @@
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
-    python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, and on two texts
+    python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
 
 Result files are added and not edited; a second run on the same day and machine replaces that day's file.
