@@ -65,6 +65,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_grid_matmul": (i32, (pointer, pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_grid_dequantize": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_kv_attention": (i32, (pointer, pointer, pointer, pointer, i32)),
         "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),
     }
     for name, (result, arguments) in signatures.items():

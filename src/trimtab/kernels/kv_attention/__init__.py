@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from trimtab.kernels.kv_attention import triton
+from trimtab.kernels import library
+from trimtab.kernels.kv_attention import native, triton
 from trimtab.kernels.kv_attention.reference import kv_attention_reference
 from trimtab.kernels.kv_attention.run import Lane, Rope, Run
 from trimtab.kernels.op import Backend, KernelOp
@@ -16,7 +17,10 @@ __all__ = ["KV_ATTENTION", "Lane", "Rope", "Run", "kv_attention"]
 KV_ATTENTION = KernelOp(
     "kv_attention",
     reference=kv_attention_reference,
-    backends=(Backend("triton", run=triton.kv_attention_triton, absent=triton.absent, refuses=triton.refuses),),
+    backends=(
+        Backend("triton", run=triton.kv_attention_triton, absent=triton.absent, refuses=triton.refuses),
+        Backend("native", run=native.kv_attention_native, absent=library.absent, refuses=native.refuses),
+    ),
 )
 
 

@@ -8,6 +8,8 @@
 
 // For functions and lambdas that hold vector registers of their callers: a call would spill them all.
 #define TT_INLINE __attribute__((always_inline))
+// For what is called once for many instructions, and would be compiled once for each caller.
+#define TT_NOINLINE __attribute__((noinline))
 
 namespace trimtab {
 namespace {

@@ -1,0 +1,369 @@
+// Keys and values of one head straight from its codes: no dense tile is written.
+//
+// Keys with groups over tokens: the scale goes into the query, the minimum is one number for each query and group.
+// Keys with groups over channels: the scale multiplies the sum over the group. Values with groups over channels: the
+// scale goes into the softmax weights. Low rank: (q B) A^T and (p A) B^T. Outliers: a correction for each entry.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "kv_products.h"
+
+namespace trimtab {
+namespace {
+
+inline int64_t tiles_of(const KvRun& run) { return (run.tokens + kTile - 1) / kTile; }
+
+// n float16 numbers, or `absent` if there are none.
+template <class V>
+TT_NOINLINE void load_halves(const void* from, int64_t at, int64_t n, float absent, float* to) {
+  if (!from) {
+    std::fill(to, to + n, absent);
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(from) + at;
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) V::store(to + i, V::load_half(p + i));
+  for (; i < n; ++i) to[i] = half_to_float(p[i]);
+}
+
+// The same for `n` tokens from token `first`, of which those past the end of the run are zero, whatever is stored there.
+template <class V>
+TT_NOINLINE void load_tokens(const KvRun& run, const void* from, int64_t row, int64_t first, int64_t n, float absent, float* to) {
+  const int64_t valid = std::min(n, run.tokens - first);
+  load_halves<V>(from, row * kTile * tiles_of(run) + first, valid, absent, to);
+  std::fill(to + valid, to + n, 0.0f);
+}
+
+template <int BITS>
+inline uint32_t code_at(const uint8_t* row, uint32_t token) {
+  auto word = [&](uint32_t i) {
+    uint32_t value;
+    std::memcpy(&value, row + 4 * i, 4);
+    return value;
+  };
+  if constexpr (BITS == 3) {
+    return (word(token % 2) >> (token & ~1u) & 3) | (word(2) >> token & 1) << 2;
+  } else {
+    return word(token % BITS) >> (token / BITS * BITS) & ((1u << BITS) - 1);
+  }
+}
+
+// Those of one tile; a place is channel * 32 + token in the tile.
+struct Outliers {
+  const uint16_t* places;
+  const float* values;
+  int64_t count;
+};
+
+template <class V>
+TT_NOINLINE Outliers outliers_of(const KvRun& run, int64_t head, int64_t tile, KvScratch& scratch) {
+  const int32_t* starts = static_cast<const int32_t*>(run.outlier_starts) + head * tiles_of(run) + tile;
+  const int64_t count = starts[1] - starts[0];
+  const uint16_t* from = static_cast<const uint16_t*>(run.outlier_values) + starts[0];
+  float* values = scratch.outliers.take(count + V::W);
+  if (run.outlier_dtype == 1) {
+    for (int64_t i = 0; i < count; i += V::W) {
+      V::store(values + i, count - i < V::W ? V::load_half(from + i, count - i) : V::load_half(from + i));
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) values[i] = bfloat16_to_float(from[i]);
+  }
+  return {static_cast<const uint16_t*>(run.outlier_places) + starts[0], values, count};
+}
+
+// One head of a run of codes, with what is shared by all its tiles.
+template <class V, int BITS>
+struct CodeHead {
+  const KvRun& run;
+  int64_t head, dim;
+  CodeRows<V, BITS> rows;
+  float levels[1 << (BITS == 8 ? 0 : BITS)];
+  // Scale and minimum: [dim] of up to 2 token groups of a tile, or [channel groups][kBlockTokens].
+  float *scales, *minima;
+  float *token_factors, *channel_factors;  // [rank][kBlockTokens], [rank][dim]
+  int64_t group_of_slot[2] = {-1, -1};
+
+  TT_NOINLINE CodeHead(const KvRun& r, int64_t h, KvScratch& scratch) : run(r), head(h), dim(r.head_dim) {
+    const int64_t parameters = std::max(2 * kValueTiles * dim, channel_groups() * kBlockTokens);
+    scales = scratch.head.take(2 * parameters + run.rank * (kBlockTokens + dim));
+    minima = scales + parameters;
+    token_factors = minima + parameters;
+    channel_factors = token_factors + run.rank * kBlockTokens;
+    const int64_t tile_bytes = dim * 4 * BITS;
+    const uint8_t* codes = static_cast<const uint8_t*>(run.codes) + head * tiles_of(run) * tile_bytes;
+    const float* table = static_cast<const float*>(run.levels);
+    rows = {codes, tile_bytes, V::table(table, BITS)};
+    if constexpr (BITS < 8) {
+      for (int i = 0; i < 1 << BITS; ++i) levels[i] = table ? table[i] : float(i);
+    }
+    load_halves<V>(run.channel_factors, head * run.rank * dim, run.rank * dim, 0.0f, channel_factors);
+  }
+
+  bool scaled() const { return run.scale || run.minimum; }
+  bool by_token() const { return scaled() && run.group_tokens; }
+  bool by_channel() const { return scaled() && run.group_channels; }
+  int64_t group(int64_t c) const { return (head * dim + c) / run.group_channels; }
+  int64_t channel_groups() const { return by_channel() ? group(dim - 1) - group(0) + 1 : 1; }
+  // f(group counted from the head's first, its first channel in this head, the end)
+  template <class F>
+  TT_INLINE void each_group(F&& f) const {
+    if (!by_channel()) return f(0, 0, dim);
+    const int64_t first = group(0);
+    for (int64_t i = 0, c = 0; c < dim; ++i) {
+      const int64_t end = std::min(dim, (first + i + 1) * run.group_channels - head * dim);
+      f(i, c, end);
+      c = end;
+    }
+  }
+  CodeRows<V, BITS> tile(int64_t t) const {
+    return {rows.tiles + t * rows.tile_bytes, rows.tile_bytes, rows.table};
+  }
+  TT_NOINLINE void load_group(int64_t g, int slot) {  // of tokens
+    const int64_t at = (head * ((run.tokens + run.group_tokens - 1) / run.group_tokens) + g) * dim;
+    load_halves<V>(run.scale, at, dim, 1.0f, scales + slot * dim);
+    load_halves<V>(run.minimum, at, dim, 0.0f, minima + slot * dim);
+  }
+  TT_NOINLINE void load_channel_groups(int64_t first_token, int64_t tokens) {
+    each_group([&](int64_t i, int64_t, int64_t) {
+      load_tokens<V>(run, run.scale, group(0) + i, first_token, tokens, 1.0f, scales + i * kBlockTokens);
+      load_tokens<V>(run, run.minimum, group(0) + i, first_token, tokens, 0.0f, minima + i * kBlockTokens);
+    });
+  }
+  TT_NOINLINE void load_token_factors(int64_t first_token, int64_t tokens) {
+    for (int64_t r = 0; r < run.rank; ++r) {
+      load_tokens<V>(run, run.token_factors, head * run.rank + r, first_token, tokens, 0.0f,
+                     token_factors + r * kBlockTokens);
+    }
+  }
+  // The outliers of tile `first + t` less what codes and low rank say there; `first` is the first of the tiles that are
+  // loaded. slots[h]: whose scales [dim] the 16 tokens h of the tile have.
+  TT_NOINLINE Outliers corrections(int64_t first, int64_t t, const int* slots, KvScratch& scratch) const {
+    const Outliers found = outliers_of<V>(run, head, first + t, scratch);
+    float* values = const_cast<float*>(found.values);
+    const uint8_t* codes = rows.tiles + (first + t) * rows.tile_bytes;
+    auto subtract = [&](auto&& scaled) TT_INLINE {
+      for (int64_t i = 0; i < found.count; ++i) {
+        const uint32_t c = found.places[i] / kTile, token = found.places[i] % kTile;
+        const uint32_t code = code_at<BITS>(codes + c * 4 * BITS, token);
+        values[i] -= scaled(BITS == 8 ? float(int32_t(code)) : levels[BITS == 8 ? 0 : code], c, token);
+      }
+    };
+    if (by_token()) {
+      const float *s[] = {scales + slots[0] * dim, scales + slots[1] * dim};
+      const float *m[] = {minima + slots[0] * dim, minima + slots[1] * dim};
+      subtract([&](float level, uint32_t c, uint32_t token) TT_INLINE { return level * s[token / 16][c] + m[token / 16][c]; });
+    } else if (by_channel()) {
+      const uint32_t size = uint32_t(run.group_channels), start = uint32_t(head * dim % run.group_channels);
+      const uint64_t inverse = (uint64_t(1) << 32) / size + 1;  // exact for the at most 2^16 channels of a run
+      const float *s = scales + t * kTile, *m = minima + t * kTile;
+      subtract([&](float level, uint32_t c, uint32_t token) TT_INLINE {
+        const uint64_t at = ((c + start) * inverse >> 32) * kBlockTokens + token;
+        return level * s[at] + m[at];
+      });
+    } else {
+      subtract([](float level, uint32_t, uint32_t) TT_INLINE { return level; });
+    }
+    const float* factors = token_factors + t * kTile;
+    auto subtract_low_rank = [&](auto rank) TT_INLINE {
+      for (int64_t i = 0; i < found.count; ++i) {
+        const uint32_t c = found.places[i] / kTile, token = found.places[i] % kTile;
+        float sum = 0;
+        for (int64_t r = 0; r < rank; ++r) sum += factors[r * kBlockTokens + token] * channel_factors[r * dim + c];
+        values[i] -= sum;
+      }
+    };
+    if (run.rank == 4) subtract_low_rank(std::integral_constant<int, 4>{});
+    else if (run.rank) subtract_low_rank(run.rank);
+    return found;
+  }
+};
+
+// queries [Q][dim] of the stored basis -> scores of tokens [begin, end) of the run, scores[q * pitch].
+template <class V, int BITS, int Q>
+void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const float* queries, float* scores,
+                 int64_t pitch, KvScratch& scratch) {
+  CodeHead<V, BITS> head(run, h, scratch);
+  const int64_t dim = run.head_dim, rank = run.rank, groups = head.channel_groups();
+  float* folded = scratch.small.take(2 * Q * dim + Q * (rank + groups));  // [2][Q][dim]
+  float* projected = folded + 2 * Q * dim;                                // [Q][rank]: q B
+  float* query_sums = projected + Q * rank;                               // [Q][groups]
+  float offsets[2][Q] = {};
+  for (int q = 0; q < Q; ++q) {
+    for (int64_t r = 0; r < rank; ++r) {
+      float sum = 0;
+      for (int64_t c = 0; c < dim; ++c) sum += queries[q * dim + c] * head.channel_factors[r * dim + c];
+      projected[q * rank + r] = sum;
+    }
+    if (!head.by_channel()) continue;
+    head.each_group([&](int64_t i, int64_t from, int64_t to) {
+      float sum = 0;
+      for (int64_t c = from; c < to; ++c) sum += queries[q * dim + c];
+      query_sums[q * groups + i] = sum;
+    });
+  }
+  auto fold = [&](int slot) {  // scales into queries
+    const float *s = head.scales + slot * dim, *m = head.minima + slot * dim;
+    for (int q = 0; q < Q; ++q) {
+      const float* from = queries + q * dim;
+      float* to = folded + (slot * Q + q) * dim;
+      auto sum = V::zero();
+      int64_t c = 0;
+      for (; c + V::W <= dim; c += V::W) {
+        const auto value = V::load(from + c);
+        V::store(to + c, V::mul(value, V::load(s + c)));
+        sum = V::fma(value, V::load(m + c), sum);
+      }
+      float rest = V::sum(sum);
+      for (; c < dim; ++c) {
+        to[c] = from[c] * s[c];
+        rest += from[c] * m[c];
+      }
+      offsets[slot][q] = rest;
+    }
+  };
+  int64_t loaded[2] = {-1, -1};
+  for (int64_t tile = begin / kTile; tile * kTile < end; ++tile) {
+    alignas(64) float sums[Q * kTile] = {};
+    const auto rows = head.tile(tile);
+    int slots[2] = {0, 0};
+    if (rank) head.load_token_factors(tile * kTile, kTile);
+    if (head.by_token()) {
+      const int64_t first = tile * kTile / run.group_tokens;
+      const int64_t second = std::min(tile * kTile + 16, run.tokens - 1) / run.group_tokens;
+      slots[1] = first != second;
+      for (int i = 0; i <= slots[1]; ++i) {
+        const int64_t wanted = i ? second : first;
+        if (loaded[i] == wanted) continue;
+        head.load_group(loaded[i] = wanted, i);
+        fold(i);
+      }
+      for (int q = 0; q < Q; ++q) {
+        for (int t = 0; t < kTile; ++t) sums[q * kTile + t] = offsets[t < 16 ? slots[0] : slots[1]][q];
+      }
+      score_tile<V, Q>(rows, 0, dim, folded, folded + slots[1] * Q * dim, dim, sums);
+    } else if (head.by_channel()) {
+      head.load_channel_groups(tile * kTile, kTile);
+      head.each_group([&](int64_t i, int64_t from, int64_t to) {
+        alignas(64) float inner[Q * kTile] = {};
+        score_tile<V, Q>(rows, from, to, queries, queries, dim, inner);
+        const float *s = head.scales + i * kBlockTokens, *m = head.minima + i * kBlockTokens;
+        for (int q = 0; q < Q; ++q) {
+          const auto query_sum = V::set1(query_sums[q * groups + i]);
+          for (int t = 0; t < kTile; t += V::W) {
+            float* to_sum = sums + q * kTile + t;
+            const auto sum = V::fma(V::load(m + t), query_sum, V::load(to_sum));
+            V::store(to_sum, V::fma(V::load(inner + q * kTile + t), V::load(s + t), sum));
+          }
+        }
+      });
+    } else {
+      score_tile<V, Q>(rows, 0, dim, queries, queries, dim, sums);
+    }
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int q = 0; q < Q; ++q) {
+        const auto factor = V::set1(projected[q * rank + r]);
+        for (int t = 0; t < kTile; t += V::W) {
+          float* at = sums + q * kTile + t;
+          V::store(at, V::fma(V::load(head.token_factors + r * kBlockTokens + t), factor, V::load(at)));
+        }
+      }
+    }
+    if (run.outlier_starts) {
+      const Outliers found = head.corrections(tile, 0, slots, scratch);
+      for (int64_t i = 0; i < found.count; ++i) {
+        const int c = found.places[i] / kTile, token = found.places[i] % kTile;
+        for (int q = 0; q < Q; ++q) sums[q * kTile + token] += queries[q * dim + c] * found.values[i];
+      }
+    }
+    const int64_t from = std::max(begin, tile * kTile), to = std::min(end, (tile + 1) * kTile);
+    for (int q = 0; q < Q; ++q) {
+      std::memcpy(scores + q * pitch + from - begin, sums + q * kTile + from - tile * kTile, size_t(to - from) * 4);
+    }
+  }
+}
+
+// weights[q * pitch] of tokens [begin, end) -> lanes [dim][Q][W] and sums [Q][dim], in the stored basis.
+template <class V, int BITS, int Q>
+void sum_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const float* weights, int64_t pitch,
+               float* lanes, float* sums, KvScratch& scratch) {
+  CodeHead<V, BITS> head(run, h, scratch);
+  const int64_t dim = run.head_dim, rank = run.rank, groups = head.channel_groups();
+  float* block = scratch.small.take(2 * Q * kBlockTokens + Q * (rank + groups));  // [Q][kBlockTokens]
+  float* scaled = block + Q * kBlockTokens;      // [Q][kBlockTokens]
+  float* projected = scaled + Q * kBlockTokens;  // [Q][rank]: p A
+  float* offsets = projected + Q * rank;         // [Q][groups]
+  std::fill(projected, offsets + Q * groups, 0.0f);
+  auto dot = [&](const float* a, const float* b, int64_t n) {
+    auto sum = V::zero();
+    for (int64_t t = 0; t < n; t += V::W) sum = V::fma(V::load(a + t), V::load(b + t), sum);
+    return V::sum(sum);
+  };
+  for (int64_t first = begin / kTile; first * kTile < end; first += kValueTiles) {
+    const int64_t tiles = std::min<int64_t>(kValueTiles, (end + kTile - 1) / kTile - first), n = tiles * kTile;
+    const int64_t from = std::max(begin, first * kTile), to = std::min(end, first * kTile + n);
+    for (int q = 0; q < Q; ++q) {
+      float* row = block + q * kBlockTokens;
+      std::fill(row, row + from - first * kTile, 0.0f);
+      std::memcpy(row + from - first * kTile, weights + q * pitch + from - begin, size_t(to - from) * 4);
+      std::fill(row + to - first * kTile, row + n, 0.0f);
+    }
+    int slots[2 * kValueTiles] = {};
+    const CodeRows<V, BITS> rows = head.tile(first);
+    if (rank) head.load_token_factors(first * kTile, n);
+    if (head.by_token()) {
+      ScaledRows<V, BITS> source{rows, {}, {}};
+      int64_t last = -1;
+      int used = -1;
+      for (int64_t i = 0; i < 2 * tiles; ++i) {
+        const int64_t group = std::min(first * kTile + 16 * i, run.tokens - 1) / run.group_tokens;
+        if (group != last) head.load_group(last = group, ++used);
+        slots[i] = used;
+        source.scales[i] = head.scales + used * dim;
+        source.minima[i] = head.minima + used * dim;
+      }
+      sum_tiles<V, Q>(source, tiles, 0, dim, block, lanes);
+    } else if (head.by_channel()) {
+      head.load_channel_groups(first * kTile, n);
+      head.each_group([&](int64_t i, int64_t c, int64_t end_channel) {
+        const float *s = head.scales + i * kBlockTokens, *m = head.minima + i * kBlockTokens;
+        for (int q = 0; q < Q; ++q) {
+          const float* p = block + q * kBlockTokens;
+          if (run.minimum) offsets[q * groups + i] += dot(p, m, n);
+          for (int64_t t = 0; t < n; t += V::W) {
+            V::store(scaled + q * kBlockTokens + t, V::mul(V::load(p + t), V::load(s + t)));
+          }
+        }
+        sum_tiles<V, Q>(rows, tiles, c, end_channel, scaled, lanes);
+      });
+    } else {
+      sum_tiles<V, Q>(rows, tiles, 0, dim, block, lanes);
+    }
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int q = 0; q < Q; ++q) {
+        projected[q * rank + r] += dot(block + q * kBlockTokens, head.token_factors + r * kBlockTokens, n);
+      }
+    }
+    if (!run.outlier_starts) continue;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Outliers found = head.corrections(first, t, slots + 2 * t, scratch);
+      for (int64_t i = 0; i < found.count; ++i) {
+        const int c = found.places[i] / kTile, token = found.places[i] % kTile;
+        for (int q = 0; q < Q; ++q) sums[q * dim + c] += block[q * kBlockTokens + t * kTile + token] * found.values[i];
+      }
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int64_t c = 0; c < dim; ++c) sums[q * dim + c] += projected[q * rank + r] * head.channel_factors[r * dim + c];
+    }
+    if (!head.by_channel() || !run.minimum) continue;
+    head.each_group([&](int64_t i, int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; ++c) sums[q * dim + c] += offsets[q * groups + i];
+    });
+  }
+}
+
+}  // namespace
+}  // namespace trimtab
