@@ -16,8 +16,8 @@ prompt that hold one of the `pivots` largest entries of what enters a layer, and
 Departures: a prompt attends to exact keys and values, as with all caches here; the paper's attends to quantized ones.
 Rotations are computed where tokens are stored and read, so weights stay as they are (the paper merges them into W_k,
 W_v and W_o; models with key norms could not). The minimum is a float16 number in place of an integer zero point.
-Fewer heads are rotated together where the layer has no multiple of `heads_per_rotation`. Tokens are encoded 32 at a
-time, so up to 31 recent ones are exact.
+Fewer heads are rotated together, a power of two, where the layer has no multiple of `heads_per_rotation`. Tokens are
+encoded 32 at a time, so up to 31 recent ones are exact.
 """
 
 from __future__ import annotations
@@ -87,17 +87,16 @@ class RotateKV(CacheMethod):
         return found
 
     def _rotation(self, kv_heads: int, head_dim: int) -> int:
-        """Channels that are rotated together. Raises ConfigError if no power of two fits."""
-        heads = self.heads_per_rotation
-        while heads > 1 and kv_heads % heads:
-            heads -= 1
-        size = heads * head_dim
-        if size & (size - 1):
+        """Channels that are rotated together. Raises ConfigError for heads that a Hadamard matrix does not fit."""
+        if head_dim & (head_dim - 1):
             raise ConfigError(
-                f"rotatekv: {heads} heads of {head_dim} dimensions are {size} channels, and a Hadamard matrix of this "
-                "kind needs a power of two."
+                f"rotatekv: the head dimension {head_dim} is not a power of two, which a Hadamard matrix of this kind "
+                "needs."
             )
-        return size
+        heads = self.heads_per_rotation
+        while heads & (heads - 1) or kv_heads % heads:
+            heads -= 1
+        return heads * head_dim
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
         clip = self.clip if self.clip is not None else (0.8 if self.bits == 2 else 1.0)
@@ -109,8 +108,6 @@ class RotateKV(CacheMethod):
             hadamard=self._rotation(layer.kv_heads, layer.head_dim),
             order=fitted[f"order.{layer.index}"] if self.reorder else None,
         )
-        if layer.head_dim & (layer.head_dim - 1):
-            raise ConfigError(f"rotatekv: the head dimension {layer.head_dim} is not a power of two.")
         values = KVCodec(
             bits=self.bits,
             group_channels=min(self.group_size, layer.head_dim),
