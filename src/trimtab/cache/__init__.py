@@ -10,6 +10,9 @@ from trimtab.core.registry import room_exports
 if TYPE_CHECKING:
     from trimtab.cache._files import load as load
     from trimtab.cache._files import save as save
+    from trimtab.cache._retrieval.detection import detect_heads as detect_heads
+    from trimtab.cache._retrieval.picture import draw as draw
+    from trimtab.cache._retrieval.scores import HeadScores as HeadScores
     from trimtab.cache.auto import Auto as Auto
     from trimtab.cache.cq import Cq as Cq
     from trimtab.cache.exact import Exact as Exact
@@ -21,4 +24,14 @@ if TYPE_CHECKING:
     from trimtab.cache.rotatekv import RotateKV as RotateKV
     from trimtab.cache.streaming import Streaming as Streaming
 
-__getattr__, __dir__ = lazy_exports(__name__, {"load": "_files", "save": "_files", **room_exports("cache")})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "load": "_files",
+        "save": "_files",
+        "detect_heads": "_retrieval.detection",
+        "draw": "_retrieval.picture",
+        "HeadScores": "_retrieval.scores",
+        **room_exports("cache"),
+    },
+)

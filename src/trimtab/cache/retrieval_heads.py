@@ -10,7 +10,9 @@ token and the others the first `sinks` and the last `recent` ones, at their posi
 its own tokens only, so the bytes saved are real. A KV head is as important as its best query head; equal scores are
 told apart by their sum.
 
-Scores are measured on the model's first use (`trimtab.cache.detect_heads` shows and saves them), or read from a file.
+Scores are measured on the model's first use, 30 trials of up to 4,096 tokens, or read from a file; call
+`trimtab.cache.detect_heads` to see, save and draw them. Keeping half of the heads is what DuoAttention advises for
+models with grouped heads; where the scores show few retrieval heads a smaller share does, an eighth on `ref`.
 Departures: DuoAttention learns its classes by gradient descent on gates; here they are read off retrieval scores. A
 prompt attends to everything, and tokens are dropped afterwards; DuoAttention's streaming heads do not see them in the
 prompt either.
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["RetrievalHeads"]
 
 BLOCK_TOKENS = 256
-LENGTHS, DEPTHS = 6, 5
-"""Prompt lengths and needle depths of the trials that a first use runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +72,10 @@ class RetrievalHeads(CacheMethod):
 
     def fit(self, model: PreTrainedModel, calibration: CalibrationSet) -> dict[str, Tensor]:
         """`scores` and `sums` [layers, KV heads]; from needles in the calibration prose, not from `calibration`."""
-        from trimtab.cache._retrieval.detection import detect
+        from trimtab.cache._retrieval.detection import detect_heads
         from trimtab.cache._retrieval.scores import HeadScores
-        from trimtab.cache._retrieval.trials import make_trials, spread_depths, spread_lengths
-        from trimtab.models import tokenizer_of
 
-        if self.scores is not None:
-            found = HeadScores.load(self.scores, model)
-        else:
-            tokenizer = tokenizer_of(model)
-            lengths = spread_lengths(int(model.config.get_text_config().max_position_embeddings), LENGTHS)
-            found = detect(model, make_trials(tokenizer, lengths, depths=spread_depths(DEPTHS), repeats=1))
+        found = detect_heads(model) if self.scores is None else HeadScores.load(self.scores, model)
         return {"scores": found.kv_scores, "sums": found.kv_sums}
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from trimtab.cache._retrieval.scores import HEAD_THRESHOLD, HeadScores, TrialScore, head_layout
+from trimtab.cache._retrieval.trials import make_trials, spread_depths, spread_lengths
 from trimtab.core.errors import BudgetError, ConfigError, NumericsError, TargetError
 from trimtab.core.progress import progress
 from trimtab.models import info_of, tokenizer_of
@@ -41,6 +42,40 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 50
 ROUGE_RECALL = 0.5
+LENGTHS, DEPTHS = 6, 5
+"""Prompt lengths and needle depths of a detection that nobody has asked to be thorough; the paper's has 20 and 10."""
+LONGEST = 4096
+"""Longest prompt of one: the strongest heads show below 5,000 tokens, and attention rows of long prompts are slow."""
+
+
+def detect_heads(
+    model: PreTrainedModel,
+    *,
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] = spread_depths(DEPTHS),
+    repeats: int = 1,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    threshold: float = HEAD_THRESHOLD,
+) -> HeadScores:
+    """Retrieval scores of all query heads, from needles of the small world in the prose that comes with trimtab.
+
+        scores = tt.cache.detect_heads(model)
+        scores.save("scores.json"); tt.cache.draw(scores, "scores.svg")
+        cache = tt.cache.RetrievalHeads(scores="scores.json").new(model)
+
+    lengths     of the prompts, in tokens; None: six, up to the model's context or 4,096. The paper's protocol is
+                20 lengths, 10 depths and 3 repeats
+    depths      how far into the prose the needle is, 0 to 1
+    repeats     trials for each length and depth
+    threshold   as in `detect`, whose errors this has too
+    """
+    tokenizer = tokenizer or tokenizer_of(model)
+    if lengths is None:
+        context = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
+        lengths = spread_lengths(min(context, LONGEST), LENGTHS)
+    trials = make_trials(tokenizer, lengths, depths=depths, repeats=repeats, seed=seed)
+    return detect(model, trials, tokenizer=tokenizer, threshold=threshold)
 
 
 def detect(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -152,12 +152,15 @@ def masking_experiment(
     how: How = "output",
     tokenizer: PreTrainedTokenizerBase | None = None,
     prose: CalibrationSet | None = None,
+    spared: Collection[int] = (),
 ) -> MaskingResult:
     """Silence the top `count` heads, and as many random ones per seed, for each count.
 
     trials   others than those of the scores, or the top heads are chosen and judged by the same ones
     seeds    one draw each; a draw of more heads holds that of fewer
     prose    ordinary text; None: 8 pieces of 512 tokens of what comes with trimtab for calibration
+    spared   layers from which no random head is drawn. A small model may not do without heads of its first layer,
+             retrieval or not; what random heads of the others cost is then a separate question
 
     Raises ConfigError if the counts leave too few heads to draw from, or the scores are another model's.
     """
@@ -166,10 +169,12 @@ def masking_experiment(
     if not trials or not counts or min(counts) < 1:
         raise ConfigError(f"masking needs trials and counts of at least 1, not {len(trials)} trials and {counts}.")
     ranking = scores.ranking
-    others = sorted(ranking[max(counts) :])  # so that a draw depends on which heads are the top ones, on nothing else
+    # sorted, so that a draw depends on which heads are the top ones and on nothing else
+    others = sorted(head for head in ranking[max(counts) :] if head[0] not in spared)
     if len(others) < max(counts):
         raise ConfigError(
-            f"{max(counts)} random heads outside of the top {max(counts)} do not exist: {len(ranking)} heads."
+            f"{max(counts)} random heads outside of the top {max(counts)} do not exist: {len(ranking)} heads, of which "
+            f"{len(others)} may be drawn."
         )
     if prose is None:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
