@@ -144,6 +144,27 @@ def caches_table(document: Document, method: str | None) -> str:
     return f"{markdown(heads, lines)}\n\n{source_line(document, note)}"
 
 
+def kv_decode_table(document: Document, _: str | None) -> str:
+    """Decoding with a long context: each system that ran, the longest context last."""
+    entries = [e for e in document["entries"] if e.get("decode_ms_median") is not None]
+    plain = {e["context"]: e["decode_ms_median"] for e in entries if e["system"] == "transformers/dynamic-bf16"}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "context": lambda e: f"{e['context']:,}",
+        "system": lambda e: str(e["system"]),
+        "ms per token": lambda e: text.number(e["decode_ms_median"]),
+        "times DynamicCache's speed": lambda e: (
+            text.number(plain[e["context"]] / e["decode_ms_median"]) if e["context"] in plain else text.NOTHING
+        ),
+        "of which attention, ms": lambda e: text.number(e.get("attention_ms_median")),
+        "prefill, s": lambda e: text.number(e.get("prefill_s_median")),
+        "cache": lambda e: text.size(e.get("kv_bytes")),
+        "peak memory": lambda e: text.size(e.get("peak_rss_bytes")),
+    }
+    rows = [[cell(entry) for cell in columns.values()] for entry in entries]
+    note = "Medians; 4 layers, hidden 1,024, 16 query and 8 KV heads of 64, MLP 2,816, 16-bit weights, batch 1."
+    return f"{markdown(list(columns), rows)}\n\n{source_line(document, note)}" if rows else ""
+
+
 def _kl(figures: Mapping[str, Any]) -> str:
     return text.interval(Interval.of(figures["divergence"]["kl_nats_per_token"]))
 
@@ -170,6 +191,7 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "caches": caches_table,
     "evaluate": evaluate_table,
     "grid-matmul": grid_matmul_table,
+    "kv-decode": kv_decode_table,
 }
 
 

@@ -107,14 +107,14 @@ class Auto(CacheMethod):
                 f"sinks={self.sinks}; the smallest takes {least:.2f}. Raise bits_per_element or context."
             )
         _, window, chosen = min(solved, key=lambda found: found[0])
-        found = []
+        plans = []
         for layer in layers:
             together: dict[tuple[Candidate, Candidate], list[int]] = {}
             for head in layer.all_heads:
                 pair = (chosen["keys"][layer.index][head], chosen["values"][layer.index][head])
                 together.setdefault(pair, []).append(head)
-            found.append(tuple(self._plan(layer, pair, heads, window, fitted) for pair, heads in together.items()))
-        return found
+            plans.append(tuple(self._plan(layer, pair, heads, window, fitted) for pair, heads in together.items()))
+        return plans
 
     def head_plans(self, layer: LayerShape, fitted: Fitted) -> tuple[HeadPlan, ...]:
         raise ConfigError("auto weighs layers against each other; use plans().")

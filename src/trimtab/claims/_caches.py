@@ -145,7 +145,7 @@ def long_text_bytes(method: CacheMethod, tokens: int) -> int:
     """Bytes that a cache for one layer of `ref`, as bfloat16, allocates for so many tokens, times its layers."""
     model = load("ref")
     model.config.max_position_embeddings = tokens
-    layers = model.config.num_hidden_layers
+    layers = int(model.config.num_hidden_layers)
     cache = method.new(model)
     layer = cache.segment_layers[0]
     generator = torch.Generator().manual_seed(0)

@@ -54,7 +54,8 @@ CLAIMS = tuple(
         method_info("auto").paper,
         f"At {budget:g} bits per element, everything counted, a measured mixture of components is better than each "
         "method alone.",
-        f"ref, {MEASURED}. Holds if auto stays within its budget and its KL is smaller (paired 95 % interval) than that of "
+        f"ref, {MEASURED}. Holds if auto stays within its budget and its KL is smaller (paired 95 % interval) than "
+        f"that of "
         f"each setting of another method, the baselines, that takes at most {TOLERANCE:g} bits per element more.",
         functools.partial(_beats_all_at, budget),
     )

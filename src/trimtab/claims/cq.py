@@ -81,9 +81,12 @@ CLAIMS = (
         "cq",
         _PAPER,
         "The gain comes from the dependence of channels on each other.",
-        f"Keys of every third layer of ref on {SEQUENCES} x {LENGTH} tokens, codebooks learnt on half of them: the error "
-        "on the other half of 8 coupled channels with 8 bits, divided by that of single channels with 1 bit. Holds if the "
-        "ratio is smaller than with the tokens of each channel shuffled, which leaves only what any vector code gains, the "
+        f"Keys of every third layer of ref on {SEQUENCES} x {LENGTH} tokens, codebooks learnt on half of them: the "
+        f"error "
+        "on the other half of 8 coupled channels with 8 bits, divided by that of single channels with 1 bit. Holds "
+        "if the "
+        "ratio is smaller than with the tokens of each channel shuffled, which leaves only what any vector code "
+        "gains, the "
         "baseline, in each layer.",
         gains_from_dependence,
     ),

@@ -40,7 +40,8 @@ CLAIMS = (
         "exact",
         method_info("exact").paper,
         "Attention split over the history and merged by log-sum-exp is exact.",
-        f"ref in float32 reads {TOKENS:,} tokens in steps of {STEP}, with this cache and with transformers' DynamicCache, "
+        f"ref in float32 reads {TOKENS:,} tokens in steps of {STEP}, with this cache and with transformers' "
+        f"DynamicCache, "
         f"the baseline. Holds if no logit differs by more than {TOLERANCE}. Speed is in the benchmark kv-decode.",
         same_logits,
     ),

@@ -39,7 +39,8 @@ CLAIMS = (
     Claim(
         "gear",
         _PAPER,
-        "Low rank and outliers recover most of what 2-bit quantization loses (up to 24 % average accuracy over the best "
+        "Low rank and outliers recover most of what 2-bit quantization loses (up to 24 % average accuracy over the "
+        "best "
         "baseline).",
         f"ref with outlier channels, 2 bits, groups of {GROUP}, buffer of {GROUP}, {MEASURED}. Holds if KL is smaller "
         "(paired 95 % interval) than that of the same backbone alone, the baseline. Bytes are not equal here.",
@@ -48,10 +49,13 @@ CLAIMS = (
     Claim(
         "gear",
         _PAPER,
-        "At equal bytes the low-rank part lowers the error of the attention output that keys cause, because softmax does "
+        "At equal bytes the low-rank part lowers the error of the attention output that keys cause, because softmax "
+        "does "
         "not average away what many tokens have in common.",
-        f"ref, keys of a prompt of 1,024 tokens at 2 bits, seen by the next 1,024: groups of {GROUP} and rank 2 against "
-        f"groups of {FINER} without, the baseline. Holds if the relative error of the attention output, mean over layers, is "
+        f"ref, keys of a prompt of 1,024 tokens at 2 bits, seen by the next 1,024: groups of {GROUP} and rank 2 "
+        f"against "
+        f"groups of {FINER} without, the baseline. Holds if the relative error of the attention output, mean over "
+        f"layers, is "
         "smaller at the same bits per element (2 % tolerance).",
         low_rank_beats_smaller_groups_on_keys,
     ),

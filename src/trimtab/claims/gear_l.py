@@ -26,9 +26,11 @@ CLAIMS = (
     Claim(
         "gear_l",
         method_info("gear_l").paper,
-        "A low-rank correction of the residual alone brings a 2-bit cache most of the way back (LLaMA3-8B, GSM8K: about "
+        "A low-rank correction of the residual alone brings a 2-bit cache most of the way back (LLaMA3-8B, GSM8K: "
+        "about "
         "30 to 52 of 54).",
-        f"ref, 2 bits, groups of {GROUP}, buffer of {GROUP}, {MEASURED}. Holds if KL is smaller (paired 95 % interval) than "
+        f"ref, 2 bits, groups of {GROUP}, buffer of {GROUP}, {MEASURED}. Holds if KL is smaller (paired 95 % "
+        f"interval) than "
         "that of the same backbone alone, the baseline. Bytes are not equal here.",
         repairs_its_backbone,
     ),

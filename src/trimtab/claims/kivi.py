@@ -58,9 +58,11 @@ CLAIMS = (
     Claim(
         "kivi",
         _PAPER,
-        "Keys have outlier channels and want groups of tokens of one channel; groups of channels of one token, as values "
+        "Keys have outlier channels and want groups of tokens of one channel; groups of channels of one token, as "
+        "values "
         "have, are clearly worse.",
-        f"ref with outlier channels, 2 bits, groups of 32, {MEASURED}. Holds if KL (paired 95 % interval) and the error "
+        f"ref with outlier channels, 2 bits, groups of 32, {MEASURED}. Holds if KL (paired 95 % interval) and the "
+        f"error "
         "of the attention output that keys cause are smaller than with keys per token, the baseline, at equal bytes.",
         keys_per_channel,
     ),
@@ -68,7 +70,8 @@ CLAIMS = (
         "kivi",
         _PAPER,
         "2 bits save most of the cache's memory.",
-        f"{LONG_TOKENS:,} tokens of random keys and values in the shapes of ref in bfloat16, 2 bits, groups of 64. Holds "
+        f"{LONG_TOKENS:,} tokens of random keys and values in the shapes of ref in bfloat16, 2 bits, groups of 64. "
+        f"Holds "
         "if the allocated buffers are at most a fifth of those of the exact cache, the baseline.",
         a_fifth_of_the_bytes,
     ),

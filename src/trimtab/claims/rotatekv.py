@@ -39,9 +39,11 @@ CLAIMS = (
     Claim(
         "rotatekv",
         _PAPER,
-        "Rotated before rotary embedding and sorted, keys can be quantized per token at 2 bits in large groups (less than "
+        "Rotated before rotary embedding and sorted, keys can be quantized per token at 2 bits in large groups (less "
+        "than "
         "0.3 perplexity on LLaMA-2-13B).",
-        f"ref with outlier channels, 2 bits, groups of {GROUP}, {MEASURED}. Holds if KL is smaller (paired 95 % interval) "
+        f"ref with outlier channels, 2 bits, groups of {GROUP}, {MEASURED}. Holds if KL is smaller (paired 95 % "
+        f"interval) "
         "than without rotation and order, everything else equal, the baseline.",
         beats_no_rotation,
     ),
@@ -49,7 +51,8 @@ CLAIMS = (
         "rotatekv",
         _PAPER,
         "After the rotation, channels sorted by their level quantize better than in their old order.",
-        f"ref with outlier channels, 2 bits, groups of {GROUP}, {MEASURED}. Holds if the error of the attention output that "
+        f"ref with outlier channels, 2 bits, groups of {GROUP}, {MEASURED}. Holds if the error of the attention "
+        f"output that "
         "keys cause, and KL, are smaller than in the old order, the baseline.",
         order_helps,
     ),

@@ -49,10 +49,7 @@ def pack_channels(codes: Tensor, bits: int) -> Tensor:
 def unpack_rows(packed: Tensor, bits: int, tokens: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 [..., T, c, 4 bits] -> uint8 [..., tokens, c]."""
     _check(bits)
-    if bits == 3:
-        rows = _unpack(packed[..., :8], 2) | (_unpack(packed[..., 8:], 1) << 2)
-    else:
-        rows = _unpack(packed, bits)
+    rows = _unpack(packed[..., :8], 2) | _unpack(packed[..., 8:], 1) << 2 if bits == 3 else _unpack(packed, bits)
     return rows.transpose(-1, -2).flatten(-3, -2)[..., :tokens, :]
 
 

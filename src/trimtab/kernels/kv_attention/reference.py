@@ -52,7 +52,8 @@ def hadamard_transform(x: Tensor, size: int) -> Tensor:
         blocks = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2)
         blocks = blocks.flatten(-3)
         width *= 2
-    return blocks.flatten(-2) * size**-0.5
+    transformed: Tensor = blocks.flatten(-2) * size**-0.5
+    return transformed
 
 
 def _main(run: Run, work: torch.dtype) -> Tensor:
@@ -86,7 +87,9 @@ def _spread(run: Run, parameters: Tensor) -> Tensor:
 
 
 def _with_outliers(run: Run, dense: Tensor) -> Tensor:
-    assert run.outlier_starts is not None and run.outlier_places is not None and run.outlier_values is not None
+    assert run.outlier_starts is not None
+    assert run.outlier_places is not None
+    assert run.outlier_values is not None
     starts = run.outlier_starts.long()
     tiles_per_head = (starts.numel() - 1) // run.heads
     owner = torch.repeat_interleave(torch.arange(starts.numel() - 1, device=starts.device), starts.diff())

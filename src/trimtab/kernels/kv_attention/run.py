@@ -62,7 +62,7 @@ class Run:
     levels           [2^bits] float32
 
     token_factors, channel_factors      A [H, r, 32 T] float16 and B [H, r, d] float16
-    outlier_starts                      int32 [H T + 1]; outliers of head h, tile t are starts[h T + t] ... up to the next
+    outlier_starts                      int32 [H T + 1]; outliers of head h, tile t: starts[h T + t] up to the next
     outlier_places                      int16, read as unsigned: stored row of the head * 32 + token in the tile
     outlier_values                      float16 or bfloat16; added to no rotation: they are in the stored basis
     hadamard, order                     size of the Hadamard blocks over the H d channels (0: none), a power of two;

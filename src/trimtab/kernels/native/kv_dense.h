@@ -57,23 +57,26 @@ void decode_codes(const KvRun& run, int64_t h, int64_t tile, float* rows, KvScra
   }
 }
 
-// float32 [32][width] rows of numbers that lie token by token; past the end of the run, and past dim, they are zero.
+// float32 [32 tiles][width] rows of numbers that lie token by token; past the end of the run, and past dim, they are zero.
 template <class V>
-void decode_tokens(const KvRun& run, int64_t head, int64_t tile, int64_t width, float* to, KvScratch& scratch) {
-  const int64_t dim = run.head_dim, valid = std::min<int64_t>(kTile, run.tokens - tile * kTile);
+void decode_tokens(const KvRun& run, int64_t head, int64_t first, int64_t tiles, int64_t width, float* to, KvScratch& scratch) {
+  const int64_t dim = run.head_dim, valid = std::min(tiles * kTile, run.tokens - first * kTile);
+  const int32_t dtype = run.coupled > 1 ? 1 : run.exact_dtype;
   const uint8_t* rows;
   int64_t step = dim;
   if (run.coupled > 1) {
-    scratch.halves.resize(size_t(kTile * dim));
-    decode_coupled(run, head, tile, scratch.halves.data());
+    scratch.halves.resize(size_t(kRowTiles * kTile * dim));
+    decode_coupled(run, head, first, tiles, scratch.halves.data());
     rows = reinterpret_cast<const uint8_t*>(scratch.halves.data());
   } else {
     step = run.exact_token_step;
-    rows = static_cast<const uint8_t*>(run.exact) + (head * run.exact_head_step + tile * kTile * step) * (run.exact_dtype ? 2 : 4);
+    rows = static_cast<const uint8_t*>(run.exact) + (head * run.exact_head_step + first * kTile * step) * (dtype ? 2 : 4);
   }
-  const int32_t dtype = run.coupled > 1 ? 1 : run.exact_dtype;
-  std::fill(to, to + kTile * width, 0.0f);
-  for (int64_t t = 0; t < valid; ++t) to_floats<V>(dtype, rows + t * step * (dtype ? 2 : 4), dim, to + t * width);
+  for (int64_t t = 0; t < valid; ++t) {
+    to_floats<V>(dtype, rows + t * step * (dtype ? 2 : 4), dim, to + t * width);
+    std::fill(to + t * width + dim, to + (t + 1) * width, 0.0f);
+  }
+  std::fill(to + valid * width, to + tiles * kTile * width, 0.0f);
 }
 
 inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
@@ -87,7 +90,7 @@ void decode_head(const KvRun& run, int64_t head, int64_t tile, float* rows, KvSc
   const int64_t dim = run.head_dim;
   if (run.coupled > 1 || run.exact) {
     float* tokens = scratch.head.take(kTile * dim);
-    decode_tokens<V>(run, head, tile, dim, tokens, scratch);
+    decode_tokens<V>(run, head, tile, 1, dim, tokens, scratch);
     transpose(tokens, kTile, dim, rows);
   } else {
     switch (run.bits) {

@@ -52,17 +52,16 @@ struct Rows {
       }
       return;
     }
-    for (int64_t tile = begin / kTile; tile * kTile < end; ++tile) {
-      float* rows = item.scratch->rows.take(kTile * width);
-      decode_tokens<V>(run, head, tile, width, rows, *item.scratch);
-      const int64_t from = std::max(begin, tile * kTile), to = std::min(end, (tile + 1) * kTile);
-      if (run.first_position >= 0) {
-        for (int64_t t = from; t < to; ++t) {
-          const int64_t position = (run.first_position + t) * item.half;
-          rotate_row(rows + (t - tile * kTile) * width, item.cos + position, item.sin + position, item.half);
-        }
+    for (int64_t tile = begin / kTile; tile * kTile < end; tile += kRowTiles) {
+      const int64_t first = tile * kTile, tiles = std::min(kRowTiles, (end + kTile - 1) / kTile - tile);
+      float* rows = item.scratch->rows.take(tiles * kTile * width);
+      decode_tokens<V>(run, head, tile, tiles, width, rows, *item.scratch);
+      const int64_t from = std::max(begin, first), to = std::min(end, first + tiles * kTile);
+      for (int64_t t = from; run.first_position >= 0 && t < to; ++t) {
+        const int64_t position = (run.first_position + t) * item.half;
+        rotate_row(rows + (t - first) * width, item.cos + position, item.sin + position, item.half);
       }
-      f(rows + (from - tile * kTile) * width, width * 4, to - from, from - begin);
+      f(rows + (from - first) * width, width * 4, to - from, from - begin);
     }
   }
 };

@@ -180,40 +180,52 @@ inline void rotate_row(float* x, const float* cos, const float* sin, int64_t hal
   }
 }
 
-// Tokens of one tile of coupled codes as float16 rows [32][dim].
-inline void decode_coupled(const KvRun& run, int64_t head, int64_t tile, uint16_t* to) {
+constexpr int64_t kRowTiles = 4;  // tiles decoded at a time: long enough that a group's codebook stays near
+
+// Codes of one group of coupled channels in one tile, added to what is there.
+inline void add_codes(int bits, const uint8_t* row, int shift, uint16_t (&codes)[kTile]) {
+  auto each = [&](auto width) {
+    for (uint32_t t = 0; t < kTile; ++t) codes[t] = uint16_t(codes[t] | code_at<width>(row, t) << shift);
+  };
+  switch (bits) {
+    case 1: return each(std::integral_constant<int, 1>{});
+    case 2: return each(std::integral_constant<int, 2>{});
+    case 3: return each(std::integral_constant<int, 3>{});
+    case 4: return each(std::integral_constant<int, 4>{});
+    default: return each(std::integral_constant<int, 8>{});
+  }
+}
+
+// Tiles [first, first + tiles) of coupled codes as float16 rows [32 tiles][dim].
+inline void decode_coupled(const KvRun& run, int64_t head, int64_t first, int64_t tiles, uint16_t* to) {
   const int64_t dim = run.head_dim, groups = dim / run.coupled, entries = int64_t(1) << run.bits;
   const int low_bits = std::min(run.bits, 8), high_bits = run.bits - low_bits;
-  const uint8_t* low = static_cast<const uint8_t*>(run.codes) + (head * tiles_of(run) + tile) * groups * 4 * low_bits;
-  const uint8_t* high = static_cast<const uint8_t*>(run.high_codes) + (head * tiles_of(run) + tile) * groups * 4 * high_bits;
+  const int64_t begin = (head * tiles_of(run) + first) * groups;
+  const uint8_t* low = static_cast<const uint8_t*>(run.codes) + begin * 4 * low_bits;
+  const uint8_t* high = static_cast<const uint8_t*>(run.high_codes) + begin * 4 * high_bits;
   const uint16_t* book = static_cast<const uint16_t*>(run.codebook) + head * groups * entries * run.coupled;
-  auto codes_of = [](int bits, const uint8_t* row, uint16_t (&codes)[kTile], int shift) {
-    auto each = [&](auto width) {
-      for (uint32_t t = 0; t < kTile; ++t) codes[t] = uint16_t(codes[t] | code_at<width>(row, t) << shift);
-    };
-    if (bits == 8) {  // whole bytes
-      for (uint32_t t = 0; t < kTile; ++t) codes[t] = row[t % 8 * 4 + t / 8];
-      return;
-    }
-    switch (bits) {
-      case 1: return each(std::integral_constant<int, 1>{});
-      case 2: return each(std::integral_constant<int, 2>{});
-      case 3: return each(std::integral_constant<int, 3>{});
-      default: return each(std::integral_constant<int, 4>{});
-    }
-  };
   for (int64_t g = 0; g < groups; ++g, book += entries * run.coupled) {
-    uint16_t codes[kTile] = {};
-    codes_of(low_bits, low + g * 4 * low_bits, codes, 0);
-    if (high_bits) codes_of(high_bits, high + g * 4 * high_bits, codes, 8);
-    auto copy = [&](auto size) {
-      for (int t = 0; t < kTile; ++t) std::memcpy(to + t * dim + g * size, book + codes[t] * size, size_t(size) * 2);
-    };
-    switch (run.coupled) {
-      case 2: copy(std::integral_constant<int, 2>{}); break;
-      case 4: copy(std::integral_constant<int, 4>{}); break;
-      case 8: copy(std::integral_constant<int, 8>{}); break;
-      default: copy(int(run.coupled));
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = tile * groups + g;
+      uint16_t* at = to + tile * kTile * dim + g * run.coupled;
+      auto copy = [&](auto size) {
+        auto one = [&](int t, uint32_t code) TT_INLINE { std::memcpy(at + t * dim, book + code * size, size_t(size) * 2); };
+        if (run.bits == 8) {  // codes are whole bytes
+          const uint8_t* bytes = low + row * 4 * 8;
+          unroll<kTile>([&](auto t) TT_INLINE { one(t, bytes[t % 8 * 4 + t / 8]); });
+          return;
+        }
+        uint16_t codes[kTile] = {};
+        add_codes(low_bits, low + row * 4 * low_bits, 0, codes);
+        if (high_bits) add_codes(high_bits, high + row * 4 * high_bits, 8, codes);
+        for (int t = 0; t < kTile; ++t) one(t, codes[t]);
+      };
+      switch (run.coupled) {
+        case 2: copy(std::integral_constant<int, 2>{}); break;
+        case 4: copy(std::integral_constant<int, 4>{}); break;
+        case 8: copy(std::integral_constant<int, 8>{}); break;
+        default: copy(int(run.coupled));
+      }
     }
   }
 }

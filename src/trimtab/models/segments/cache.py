@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from trimtab.core.errors import CompositionError, ConfigError, DataError
 from trimtab.models.attention import BACKEND, use_backend
+from trimtab.models.fast_linear import use_fast_linear
 from trimtab.models.segments.layer import SegmentLayer
 from trimtab.models.segments.pivots import watch_inputs
 from trimtab.models.segments.plan import CachePlan
@@ -30,7 +31,8 @@ class SegmentCache(Cache):
 
     Making one sets the model's attention implementation to "trimtab", which attends to the encoded history as it is
     and computes what transformers does for everything else. With another implementation the cache hands out decoded
-    tensors: the same results, slowly.
+    tensors: the same results, slowly. It also lets 16-bit linear layers on the CPU read their weights at the speed of
+    memory when few tokens come (`use_fast_linear`), since decoding is as fast as the slower of the two.
 
     Transactions: after `begin()`, new tokens are drafts, which later queries see as their mask says; `commit(chosen)`
     keeps some of them, `rollback()` none. Encoded tokens never change, so `fork()` shares them.
@@ -51,6 +53,7 @@ class SegmentCache(Cache):
         self._config: Any = model.config.get_text_config()
         self._limit = _position_limit(self._config, plan)
         use_backend(model)
+        use_fast_linear(model)
         ropes: list[RopeSource | None] = [None] * len(plan.layers)
         if plan.needs_rope:
             sources = [RopeSource(model, index) for index in range(len(plan.layers))]
