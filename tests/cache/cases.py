@@ -187,7 +187,7 @@ CASES = [
     ),
     Case(
         name="auto",
-        options={"bits_per_element": 6.0, "context": 1024, "sinks": 4},
+        options={"bits_per_element": 6.0, "context": 1024, "window": 0},
         exact=35,
         kl=0.01,
         bits=None,
