@@ -80,7 +80,7 @@ def calibration(rows: int = 12, length: int = 64) -> CalibrationSet:
 
 def calibration_for(method: CacheMethod) -> CalibrationSet:
     """Random tokens; texts that are long beside its blocks for the method that measures what windows save."""
-    return calibration(3, 256) if type(method).name() == "auto" else calibration()
+    return calibration(3, 384) if type(method).name() == "auto" else calibration()
 
 
 def build(name: str, options: dict[str, Any]) -> CacheMethod:

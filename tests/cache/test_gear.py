@@ -40,6 +40,22 @@ def runs(cache: SegmentCache, row: int = 0) -> list[Run]:
     return [run for side in cache.segment_layers[0].groups[0].sides for run in side.runs[row]]
 
 
+# Blocks
+
+
+def test_blocks_after_the_prompt_do_not_depend_on_how_many_tokens_come_at_once() -> None:
+    at_once = stored(Gear(**SIZE, buffer=32, outliers_keys=0.1), [40, 120])
+    singly = stored(Gear(**SIZE, buffer=32, outliers_keys=0.1), [40, *[1] * 120])
+    assert [run.tokens for run in runs(at_once)] == [run.tokens for run in runs(singly)]
+    assert same(encoded(at_once, 160), encoded(singly, 160))
+
+
+def test_the_comparison_notices_blocks_that_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    singly = encoded(stored(Gear(**SIZE, buffer=32), [40, *[1] * 120]), 160)
+    monkeypatch.setattr(KVCodec, "cut_anywhere", True)
+    assert not same(encoded(stored(Gear(**SIZE, buffer=32), [40, 120]), 160), singly)
+
+
 # (5) without outliers and rank
 
 

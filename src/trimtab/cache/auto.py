@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from trimtab.cache._auto.candidates import ROW_TOKENS, Candidate, Kind, candidates
+from trimtab.cache._auto.candidates import BLOCK_TOKENS, ROW_TOKENS, Candidate, Kind, candidates
 from trimtab.cache._tables import channel_tables, token_tables
 from trimtab.cache.base import CacheMethod, Fitted, LayerShape
-from trimtab.core.errors import BudgetError, ConfigError
+from trimtab.core.errors import BudgetError, ConfigError, DataError
 from trimtab.models.segments import HeadPlan, TensorPlan
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ class Auto(CacheMethod):
                     for name, tensor in _tables_of(way, x, squared, ordered).items():
                         tables[f"{kind}.{layer.layer}.{way.name}.{name}"] = tensor
         tokens = calibration.tokens[:MEASURED_ROWS, :MEASURED_LENGTH]
+        if tokens.shape[1] < 2 * (max(WINDOWS) + BLOCK_TOKENS // 2):
+            raise DataError(
+                f"auto: calibration texts have {tokens.shape[1]} tokens, of which windows and waiting blocks would "
+                f"keep most "
+                f"exactly; give texts of at least {2 * (max(WINDOWS) + BLOCK_TOKENS // 2)} tokens."
+            )
         samples = layer_samples(model, tokens)
         ropes = [RopeSource(model, block.index) for block in blocks]
         scalings = [float(getattr(block.attention.module, "scaling", dim**-0.5)) for block in blocks]

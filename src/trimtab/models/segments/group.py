@@ -109,21 +109,36 @@ class Group:
             if count >= side.plan.block:
                 waiting.setdefault(count - count % side.plan.block, []).append(row)
         for count, rows in waiting.items():
-            begins = [side.encoded[row] + self.forgotten[row] for row in rows]
-            x = side.take(rows, count)
-            positions = [(first[row] or 0) + begin for row, begin in zip(rows, begins, strict=True)]
-            pivots = [self._pivots_in(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
-            runs = side.plan.codec.encode(
-                x if unrotate is None else unrotate(x, positions),
-                first_position=None if unrotate is None else positions,
-                prefill=prefill,
-                override_tokens=pivots,
-                override_values=[None if own is None else x[index][:, own] for index, own in enumerate(pivots)],
-            )
-            for row, run in zip(rows, runs, strict=True):
-                side.push(row, run)
+            # what belongs to its block, such as factors, must not depend on how many tokens came at once
+            step = count if prefill or getattr(side.plan.codec, "cut_anywhere", True) else side.plan.block
+            for _ in range(0, count, step):
+                self._encode_block(side, rows, step, first, prefill, unrotate)
         if waiting:
             side.shrink()
+
+    def _encode_block(
+        self,
+        side: Side,
+        rows: Sequence[int],
+        count: int,
+        first: Sequence[int | None],
+        prefill: bool,
+        unrotate: Unrotate | None,
+    ) -> None:
+        """Encode the oldest `count` tokens of these rows' windows."""
+        begins = [side.encoded[row] + self.forgotten[row] for row in rows]
+        x = side.take(rows, count)
+        positions = [(first[row] or 0) + begin for row, begin in zip(rows, begins, strict=True)]
+        pivots = [self._pivots_in(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
+        runs = side.plan.codec.encode(
+            x if unrotate is None else unrotate(x, positions),
+            first_position=None if unrotate is None else positions,
+            prefill=prefill,
+            override_tokens=pivots,
+            override_values=[None if own is None else x[index][:, own] for index, own in enumerate(pivots)],
+        )
+        for row, run in zip(rows, runs, strict=True):
+            side.push(row, run)
 
     def _pivots_in(self, row: int, begin: int, count: int) -> Tensor | None:
         """Pivots among `count` tokens from index `begin` on, counted from there; None if there are none."""

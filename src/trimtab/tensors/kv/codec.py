@@ -82,6 +82,12 @@ class KVCodec:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def cut_anywhere(self) -> bool:
+        """Encoding block by block gives the codes of encoding all at once, if groups of tokens divide blocks."""
+        along_tokens = self.outliers is not None and bool(self.outliers.fraction) and self.outliers.along == "tokens"
+        return not (self.rank or self.prefill_rank or self.group_tokens == -1 or along_tokens)
+
     def check_shape(self, heads: int, head_dim: int) -> None:
         """Raise ConfigError if keys or values of `heads` heads of size `head_dim` cannot be stored so."""
         channels = heads * head_dim
