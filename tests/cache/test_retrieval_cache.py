@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from trimtab.cache import Exact, HeadScores, RetrievalHeads, Streaming, detect_h
 from trimtab.cache._retrieval import detection
 from trimtab.cache._retrieval.budgets import full_heads
 from trimtab.cache._retrieval.scores import TrialScore, head_layout
+from trimtab.cache._retrieval.trials import Trial
 from trimtab.core.errors import ConfigError
 from trimtab.models import info_of, load, tokenizer_of
 from trimtab.models.segments import SegmentCache
@@ -23,8 +26,9 @@ SINKS, RECENT, HEAD_DIM = 4, 28, 32
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-def budget(model: PreTrainedModel, fraction: float, **options: int) -> SegmentCache:
-    return fitted(model, RetrievalHeads(full_fraction=fraction, sinks=SINKS, recent=RECENT, **options)).new(model)
+def budget(model: PreTrainedModel, fraction: float, bits: Literal[0, 2] = 0) -> SegmentCache:
+    method = RetrievalHeads(full_fraction=fraction, sinks=SINKS, recent=RECENT, bits=bits)
+    return fitted(model, method).new(model)
 
 
 @pytest.mark.parametrize("source", ["tiny", "ref-mini"])
@@ -87,7 +91,8 @@ def test_bytes_are_those_of_the_tokens_that_each_head_holds(fraction: float, dty
 def test_bits_are_those_of_the_full_heads() -> None:
     model = tiny()
     sizes = {}
-    for bits in (0, 2):
+    choices: tuple[Literal[0, 2], ...] = (0, 2)
+    for bits in choices:
         cache = budget(model, 0.5, bits=bits)
         feed(model, cache, tokens(1, 480), [480])
         sizes[bits] = cache.nbytes()
@@ -133,9 +138,15 @@ def test_classes_come_from_the_file(tmp_path: Path) -> None:
 
 
 def test_a_first_use_runs_few_and_short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = load("ref-mini", dtype=torch.float32), []
+    model = load("ref-mini", dtype=torch.float32)
+    seen: list[Trial] = []
     model.config.max_position_embeddings = 131_072
-    monkeypatch.setattr(detection, "detect", lambda model, trials, **_: seen.extend(trials) or scores_of(model))
+
+    def detect(model: PreTrainedModel, trials: Sequence[Trial], **_: Any) -> HeadScores:
+        seen.extend(trials)
+        return scores_of(model)
+
+    monkeypatch.setattr(detection, "detect", detect)
     RetrievalHeads().new(model)
     assert len(seen) == 30
     assert max(trial.length for trial in seen) == 4032

@@ -8,6 +8,7 @@ import torch
 from trimtab.cache import Streaming
 from trimtab.claims._planted_sink import planted_model, planted_text
 from trimtab.evaluation.caches import chunked_logits
+from trimtab.kernels.kv_attention import Rope
 from trimtab.models.segments import RopeSource, SegmentCache
 
 from .conftest import POSITIONS, feed, tiny, tokens
@@ -25,8 +26,14 @@ def stream(cache: SegmentCache, text: torch.Tensor, chunk: int = 64) -> set[int]
 @pytest.mark.parametrize("length", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_text_before_the_window_changes_nothing_and_bytes_stay(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer, whose keys know their own token alone: the same sinks and window give the same logits."""
-    model, positions, table = tiny(num_hidden_layers=1), [], RopeSource.table
-    monkeypatch.setattr(RopeSource, "table", lambda self, n, device: positions.append(n) or table(self, n, device))
+    model, table = tiny(num_hidden_layers=1), RopeSource.table
+    positions = []
+
+    def noted(self: RopeSource, length: int, device: torch.device) -> Rope:
+        positions.append(length)
+        return table(self, length, device)
+
+    monkeypatch.setattr(RopeSource, "table", noted)
     sinks, window = tokens(1, SINKS), tokens(1, WINDOW + 1, seed=3)
     found = []
     for between in (40, length):

@@ -69,10 +69,10 @@ def planted_model() -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config).float().eval()
-    for parameter in model.parameters():
-        parameter.detach().zero_()
+        model: LlamaForCausalLM = LlamaForCausalLM(config)
     with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
         for norm in (model.model.layers[0].input_layernorm, model.model.norm):
             norm.weight.fill_(size**-0.5)  # a vector of length one stays as it is
         embedding = model.model.embed_tokens.weight
@@ -82,6 +82,7 @@ def planted_model() -> LlamaForCausalLM:
         _plant_attention(model.model.layers[0].self_attn)
         model.lm_head.weight[:, :WORDS] = _logits_of_words()
         model.lm_head.weight[:, WORDS : 2 * WORDS] = COPY * torch.eye(WORDS)
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
