@@ -157,8 +157,8 @@ def kv_decode_table(document: Document, _: str | None) -> str:
         ),
         "of which attention, ms": lambda e: text.number(e.get("attention_ms_median")),
         "prefill, s": lambda e: text.number(e.get("prefill_s_median")),
-        "cache": lambda e: text.size(e.get("kv_bytes")),
-        "peak memory": lambda e: text.size(e.get("peak_rss_bytes")),
+        "cache": lambda e: text.NOTHING if e.get("kv_bytes") is None else text.size(e["kv_bytes"]),
+        "peak memory": lambda e: text.NOTHING if e.get("peak_rss_bytes") is None else text.size(e["peak_rss_bytes"]),
     }
     rows = [[cell(entry) for cell in columns.values()] for entry in entries]
     note = "Medians; 4 layers, hidden 1,024, 16 query and 8 KV heads of 64, MLP 2,816, 16-bit weights, batch 1."

@@ -29,14 +29,21 @@ from trimtab.evaluation.outliers import inject_outliers
 from trimtab.models import load
 
 BITS = (2, 4)
+SETTINGS_OF: Mapping[str, Sequence[dict[str, object]]] = {
+    "auto": ({"bits_per_element": 2.5}, {"bits_per_element": 3.5}),
+    "cq": ({"channels": 8}, {"channels": 4}),
+    "kvquant": ({"bits": 2}, {"bits": 3}, {"bits": 4}),
+    "retrieval_heads": ({"full_fraction": 0.25},),
+}
+"""Methods whose bits per element are not an option `bits`, or for which other settings tell more."""
 CONDITIONS = ("plain", "outliers", "calibration text")
 
 
 def survey_options(bits: Sequence[int] = BITS) -> list[tuple[str, dict[str, object]]]:
-    """Each method at each number of bits that it takes; with its own options if it takes none of them."""
+    """The settings of SETTINGS_OF; else each method at each number of bits that it takes, or with its defaults."""
     found: list[tuple[str, dict[str, object]]] = []
     for name in cache_names():
-        own = [{"bits": count} for count in bits if _accepts(name, count)]
+        own = list(SETTINGS_OF.get(name, ())) or [{"bits": count} for count in bits if _accepts(name, count)]
         found += [(name, dict(options)) for options in own or [{}]]
     return found
 
@@ -77,8 +84,9 @@ def _entry(model: str, name: str, options: Mapping[str, object], small: bool) ->
     for condition in CONDITIONS:
         subject, reference = _subject(model, condition, small)
         conditions[condition] = measure_cache(subject, method, reference, bits_dtype=torch.bfloat16)
-    bits = getattr(method, "bits", None)
-    label = name if bits is None else f"{name} {bits}-bit"
+    bits = options.get("bits")
+    others = ", ".join(f"{option}={value}" for option, value in options.items() if option != "bits")
+    label = " ".join(part for part in (name, "" if bits is None else f"{bits}-bit", others) if part)
     return {"label": label, "method": name, "options": method.to_dict(), "conditions": conditions}
 
 
