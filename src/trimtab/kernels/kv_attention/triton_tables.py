@@ -207,6 +207,8 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
+    """What the programs read on the device, all int64: records of runs, items and lanes, and the order of the items."""
+
     runs: Tensor
     items: Tensor
     lanes: Tensor
