@@ -79,6 +79,7 @@ _known: weakref.WeakKeyDictionary[Run, _Facts] = weakref.WeakKeyDictionary()
 
 
 def facts_of(run: Run) -> _Facts:
+    """What is known of a run, worked out once as long as it lives: runs do not change."""
     found = _known.get(run)
     if found is None:
         found = _known[run] = _facts(run)
