@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import trimtab as tt
 from trimtab.cache._files import model_fingerprint
-from trimtab.cache._making import fitted_for, fitted_key, layer_shapes
+from trimtab.cache._making import fit, fitted_key, layer_shapes
 from trimtab.cache.base import CacheMethod
 from trimtab.core.registry import method_class
 from trimtab.kernels.kv_attention.reference import decode
@@ -102,7 +102,7 @@ def fitted(model: PreTrainedModel, method: CacheMethod) -> CacheMethod:
             drawn = torch.rand(len(shapes), shapes[0].kv_heads, generator=torch.Generator().manual_seed(3))
             known[key] = {"scores": drawn, "sums": drawn}
         else:
-            fitted_for(method, model, calibration_for(method))
+            fit(method, model, calibration_for(method))
         _FITTED[place] = known[key]
     known[key] = _FITTED[place]
     return method

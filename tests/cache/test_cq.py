@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.cache import Cq
 from trimtab.cache._capture import Captured, captured_layers
-from trimtab.cache._making import fitted_for
+from trimtab.cache._making import fit
 from trimtab.cache.base import Fitted
 from trimtab.kernels.kv_attention import Lane, kv_attention
 from trimtab.kernels.kv_attention.codes import unpack_rows
@@ -26,7 +26,7 @@ SMALL = Cq(channels=4, bits=4, iterations=20)
 def learnt(method: Cq) -> tuple[Fitted, list[Captured]]:
     """Codebooks for the random Llama, and what they were fitted to."""
     model = tiny()
-    return fitted_for(method, model, calibration()), list(captured_layers(model, calibration(), fisher=True))
+    return fit(method, model, calibration()), list(captured_layers(model, calibration(), fisher=True))
 
 
 def groups(x: Tensor, channels: int) -> Tensor:

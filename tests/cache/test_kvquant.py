@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from trimtab.cache import Kivi, Kvquant, _capture
 from trimtab.cache._capture import Captured, captured_layers
-from trimtab.cache._making import fitted_for
+from trimtab.cache._making import fit
 from trimtab.cache._tables import channel_tables
 from trimtab.cache.base import CacheMethod
 from trimtab.kernels.kv_attention.reference import decode
@@ -24,7 +24,7 @@ from .conftest import calibration, divergence, feed, fitted, held, keys_and_valu
 
 
 def on_prose(method: CacheMethod, model: PreTrainedModel, text: CalibrationSet) -> SegmentCache:
-    fitted_for(method, model, text)
+    fit(method, model, text)
     return method.new(model)
 
 
@@ -220,7 +220,7 @@ def test_the_check_of_tokens_notices_ranges_over_several() -> None:
 def test_tables_are_what_the_paper_says(outliers: float) -> None:
     model = tiny()
     method = Kvquant(bits=3, outliers=outliers, sinks=0)
-    learnt = fitted_for(method, model, calibration())
+    learnt = fit(method, model, calibration())
     for layer in captured_layers(model, calibration(), fisher=False):
         own = {name.rpartition(".")[2]: t for name, t in learnt.items() if name.startswith(f"keys.{layer.layer}.")}
         limits = torch.tensor([outliers / 2, 1 - outliers / 2])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import trimtab as tt
 from trimtab.cache import load, save
-from trimtab.cache._making import fitted_for, fitted_key
+from trimtab.cache._making import fit, fitted_key
 from trimtab.core.errors import TargetError
 from trimtab.core.registry import methods
 from trimtab.kernels import library
@@ -282,7 +282,7 @@ def test_the_same_again(case: Case) -> None:
         return
     before = {name: p.clone() for name, p in model.named_parameters()}
     learnt = dict(info_of(model).fitted_caches.pop(fitted_key(method)))
-    again = fitted_for(method, model, calibration_for(method))
+    again = fit(method, model, calibration_for(method))
     assert learnt.keys() == again.keys()
     assert all(torch.equal(learnt[name], again[name]) for name in learnt)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trimtab.cache import RotateKV
 from trimtab.cache import rotatekv as module
 from trimtab.cache._capture import captured_layers
-from trimtab.cache._making import fitted_for
+from trimtab.cache._making import fit
 from trimtab.kernels.kv_attention import reference
 from trimtab.models.segments import RopeSource, SegmentCache, group
 from trimtab.models.segments.rope import rotated, unrotated
@@ -70,7 +70,7 @@ def wanted_order(keys: Tensor, how: str) -> list[int]:
 
 def test_the_order_is_that_of_signed_sums_of_rotated_keys() -> None:
     model = tiny()
-    learnt = fitted_for(RotateKV(**MANY), model, calibration())
+    learnt = fit(RotateKV(**MANY), model, calibration())
     for layer in captured_layers(model, calibration(), fisher=False):
         found = learnt[f"order.{layer.layer}"]
         assert found.dtype == torch.int16
@@ -89,13 +89,13 @@ def test_the_order_helps_where_channels_have_levels(monkeypatch: pytest.MonkeyPa
     rope = RopeSource(model, 0).angles(torch.arange(200))
     plain = unrotated(keys[:1], rope) * 0.3 + mean
     keys = rotated(plain, rope)
-    tables = dict(fitted_for(method, model, calibration()))
+    tables = dict(fit(method, model, calibration()))
     text = plain[0].transpose(0, 1)
     errors = {}
     for how in ("paper", "by size", "none"):
         order = list(range(64)) if how == "none" else wanted_order(text, how)
         tables["order.0"] = torch.tensor(order, dtype=torch.int16)
-        monkeypatch.setattr("trimtab.cache._making.fitted_for", lambda *_: tables)
+        monkeypatch.setattr("trimtab.cache._making.fit", lambda *_: tables)
         cache = method.new(model)
         store(cache, keys, values[:1], [192, 8])
         errors[how] = float((held(cache)[0] - keys[0]).norm() / keys.norm())

@@ -22,9 +22,7 @@ from .kv_cases import BITS, lane_of, random_query, random_rope, random_run
 
 HERE = library.machine_isas() if library.absent() is None else ()
 needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
-ISAS = library.ISAS[:3]
-"""Those that have kernels of their own."""
-TOKENS = (1, 31, 33, 100)
+TOKENS = (1, 31, 32, 33, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROPE = random_rope(1200, 24)  # of 48 of 64 channels
 GROUPS: tuple[dict[str, Any], ...] = (
@@ -57,7 +55,7 @@ OTHERS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=library.ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param not in HERE:
         pytest.skip(f"this machine has {', '.join(HERE) or 'no native kernels'}")
@@ -88,7 +86,8 @@ def assert_parity(query: Tensor, lanes: list[Lane], note: object, **options: Any
         assert relative_rms(found, expected) <= RMS_BOUND[query.dtype], note
     seen = torch.isfinite(lse)
     assert torch.equal(torch.isfinite(found_lse), seen), note
-    torch.testing.assert_close(found_lse.double()[seen], lse[seen], rtol=1e-5, atol=1e-5)
+    close = 1e-5 if query.dtype == torch.float32 else 5e-4
+    torch.testing.assert_close(found_lse.double()[seen], lse[seen], rtol=close, atol=close)
 
 
 def both(tokens: int, values_too: bool = True, **parts: Any) -> list[Lane]:
@@ -100,9 +99,11 @@ def both(tokens: int, values_too: bool = True, **parts: Any) -> list[Lane]:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_codes(isa: str, bits: int) -> None:
-    for tokens, group, parts in itertools.product(TOKENS, GROUPS, PARTS):
-        query = random_query(2, 4, 1, 64)
-        assert_parity(query, both(tokens, bits=bits, **group, **parts), (tokens, group, parts))
+    dtype = torch.float16 if isa == "avx512_bf16" else torch.float32  # the former is what has kernels of its own
+    for parts, group in itertools.product(PARTS, GROUPS):
+        for tokens in (33, 100) if parts else TOKENS:
+            query = random_query(2, 4, 1, 64, dtype)
+            assert_parity(query, both(tokens, bits=bits, **group, **parts), (tokens, group, parts))
 
 
 def test_other_runs(isa: str) -> None:
@@ -294,6 +295,6 @@ for at_end in (True, False):
 """
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 def test_nothing_outside_the_buffers_is_touched(isa: str) -> None:
     run_guarded(GUARDED, isa)

@@ -10,6 +10,7 @@ from trimtab.core.registry import room_exports
 if TYPE_CHECKING:
     from trimtab.cache._files import load as load
     from trimtab.cache._files import save as save
+    from trimtab.cache._making import fit as fit
     from trimtab.cache._retrieval.detection import detect_heads as detect_heads
     from trimtab.cache._retrieval.picture import draw as draw
     from trimtab.cache._retrieval.scores import HeadScores as HeadScores
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "fit": "_making",
         "load": "_files",
         "save": "_files",
         "detect_heads": "_retrieval.detection",

@@ -32,7 +32,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
 
 def cache_plan(method: CacheMethod, model: PreTrainedModel) -> CachePlan:
     """The plan of a method for a model, fitted if need be."""
-    fitted = fitted_for(method, model)
+    fitted = fit(method, model)
     layers = tuple(method.plans(layer_shapes(model), fitted))
     plan = CachePlan(layers, name=type(method).name(), options=method.to_dict())
     if plan.needs_rope:
@@ -51,8 +51,11 @@ def fitted_key(method: CacheMethod) -> str:
     return f"{type(method).name()}-{hashlib.sha256(options.encode()).hexdigest()[:12]}"
 
 
-def fitted_for(method: CacheMethod, model: PreTrainedModel, calibration: CalibrationSet | None = None) -> Fitted:
-    """What the method has learnt for this model; fitted now if that has not been done, or if text is given."""
+def fit(method: CacheMethod, model: PreTrainedModel, calibration: CalibrationSet | None = None) -> Fitted:
+    """What the method has learnt for this model; fitted now if that has not been done, or if text is given.
+
+    The model keeps it, `tt.save` writes it, and `tt.load` reads it. Empty for a method that learns nothing.
+    """
     if not method.calibrated:
         return {}
     known = info_of(model).fitted_caches

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 import trimtab
 from trimtab.core.errors import CheckpointError, ConfigError, TrimtabError, did_you_mean
 from trimtab.models.checkpoint import MANIFEST, check_tensors, read_headers, read_json, read_manifest, weight_files
+from trimtab.models.fitted_caches import read_fitted
 from trimtab.models.info import ModelInfo, attach, find_tokenizer, info_from_manifest, uncompressed_bytes
 from trimtab.models.registration import register
 from trimtab.models.saving import LARGE_BYTES, quiet
@@ -57,6 +58,7 @@ def load(
         raise CheckpointError(f"{directory} does not hold a model that can be loaded: {_first_line(error)}") from error
     if manifest is not None:
         info = info_from_manifest(manifest, str(source), model.dtype)
+        info.fitted_caches = read_fitted(directory, manifest["tensors"])
     else:
         info = ModelInfo(str(source), None, None, None, uncompressed_bytes(model))
     info.tokenizer = find_tokenizer(str(directory))

@@ -18,6 +18,7 @@ from trimtab.core.files import atomic_directory, refuse_occupied, sha256_file
 from trimtab.models.checkpoint import FORMAT_VERSION, MANIFEST, read_headers, tensor_checksums, weight_files
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.counting import ledger_of
+from trimtab.models.fitted_caches import write_fitted
 from trimtab.models.info import info_of, stored_tensors
 from trimtab.models.quantizer import TrimtabQuantizationConfig
 
@@ -27,6 +28,8 @@ LARGE_BYTES = 10**9
 
 def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) -> Path:
     """Write the model, its tokenizer and what was done to it; `load` and `from_pretrained` give the same logits back.
+
+    Tables that cache methods have learnt for the model are written too, and `load` reads them.
 
     The model's own `save_pretrained` writes a directory that loads too, but without checksums, recipe and record.
     The directory appears complete or not at all: what stood there is whole until the last step, also if the disk
@@ -47,9 +50,11 @@ def save(model: PreTrainedModel, directory: str | Path, *, force: bool = False) 
             raise  # becomes an OutputError outside
         except Exception as error:  # safetensors and tokenizers raise errors of their own when the disk refuses
             raise OutputError(f"{directory} cannot be written ({error}); nothing was changed.") from error
+        weights = tensor_checksums(read_headers(weight_files(partial)))
+        write_fitted(partial, info_of(model).fitted_caches, weights)
         for file in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(partial / "config.json", file)
-        manifest = _manifest(model, partial)
+        manifest = _manifest(model, partial, weights)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return directory
 
@@ -76,7 +81,7 @@ def describe(model: PreTrainedModel) -> None:
         )
 
 
-def _manifest(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
+def _manifest(model: PreTrainedModel, directory: Path, weights: dict[str, str]) -> dict[str, Any]:
     info = info_of(model)
     return {
         "format_version": FORMAT_VERSION,
@@ -89,7 +94,7 @@ def _manifest(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
         "baseline_bytes": info.baseline_bytes,
         "ledger": _ledger(model),
         "files": {file.name: sha256_file(file) for file in sorted(directory.iterdir()) if file.is_file()},
-        "tensors": tensor_checksums(read_headers(weight_files(directory))),
+        "tensors": weights,
     }
 
 

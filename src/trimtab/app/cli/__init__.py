@@ -27,6 +27,7 @@ from trimtab.app.cli import (
     describe,
     doctor,
     evaluate,
+    fit,
     generate,
     list,
     modules,
@@ -37,7 +38,7 @@ from trimtab.core.errors import TrimtabError
 
 SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "See it work": (demo,),
-    "Change a model": (compress, train),
+    "Change a model": (compress, fit, train),
     "Use and measure a model": (generate, evaluate, compare, modules),
     "Look things up": (list, describe, claims, bench, doctor),
 }

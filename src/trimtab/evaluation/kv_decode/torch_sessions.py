@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 import trimtab
 from trimtab import models
-from trimtab.cache._making import fitted_for
+from trimtab.cache._making import fit
 from trimtab.core.registry import method_class
 from trimtab.evaluation.kv_decode.measure import Setting
 from trimtab.kernels.bandwidth import kernel_report
@@ -146,7 +146,7 @@ def open_trimtab(directory: Path, setting: Setting, *, method: str, options: dic
     if chosen.calibrated:
         generator = torch.Generator().manual_seed(setting.seed + 1)
         tokens = torch.randint(setting.vocabulary, (_CALIBRATION_SEQUENCES, setting.context // 4), generator=generator)
-        fitted_for(chosen, model, CalibrationSet.from_tokens(tokens, source="random tokens"))
+        fit(chosen, model, CalibrationSet.from_tokens(tokens, source="random tokens"))
     return TorchSession(
         model,
         lambda: chosen.new(model),

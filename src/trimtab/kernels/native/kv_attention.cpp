@@ -42,8 +42,11 @@ struct Job {
   int64_t place(int64_t i) const { return i % problem.length; }
 };
 
-const KvKernels* kernels_of(int32_t isa) {
+const KvKernels* kernels_of(int32_t isa, int32_t dtype) {
   const bool best = isa == TT_ISA_BEST;
+  if (dtype != kFloat32 && (best || isa >= TT_ISA_AVX512_BF16)) {
+    if (const KvKernels* kernels = kv_avx512_vnni_kernels()) return kernels;
+  }
   if (best || isa >= TT_ISA_AVX512) {
     if (const KvKernels* kernels = kv_avx512_kernels()) return kernels;
   }
@@ -220,7 +223,7 @@ int32_t attend(const tt_kv_problem& p, const tt_kv_lane* lanes, const int64_t* h
     products += lane.heads * lane.tokens * queries * p.head_dim;
   }
   memory.parts.resize(size_t(parts * (p.head_dim + 2)));
-  const Job job{p, lanes, heads, runs, *kernels_of(p.isa), memory.cuts.data(), memory.parts.data()};
+  const Job job{p, lanes, heads, runs, *kernels_of(p.isa, p.dtype), memory.cuts.data(), memory.parts.data()};
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
   parallel(products < kSerialProducts ? 1 : threads, [&](int id, int count, auto barrier) {

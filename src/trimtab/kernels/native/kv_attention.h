@@ -15,7 +15,7 @@
 namespace trimtab {
 
 constexpr int kTile = 32;       // tokens of a tile of codes
-constexpr int kValueTiles = 4;  // tiles whose weights are multiplied in one pass over the channels
+constexpr int kValueTiles = 8;  // tiles whose weights are multiplied in one pass over the channels
 
 using KvRun = tt_kv_run;
 
@@ -37,6 +37,7 @@ struct KvScratch {
   KvBuffer queries;   // queries or sums in another order
   KvBuffer head;      // scales, minima and factors of one head
   KvBuffer small;     // of one product
+  KvBuffer whole;     // products with whole numbers
   KvBuffer outliers;  // of one tile
   KvBuffer rows, rotated, table;  // a dense tile
   std::vector<uint16_t> halves;  // of one tile
@@ -80,6 +81,7 @@ struct KvKernels {
 const KvKernels* kv_scalar_kernels();
 const KvKernels* kv_avx2_kernels();
 const KvKernels* kv_avx512_kernels();
+const KvKernels* kv_avx512_vnni_kernels();  // for queries of 16 bits
 
 // Rotations that mix heads, and rope, whose table is then read once for all heads, want all heads in one item.
 inline bool mixes_heads(const KvRun& run) {

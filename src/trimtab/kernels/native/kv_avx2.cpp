@@ -11,6 +11,7 @@ namespace {
 
 struct KvAvx2 {
   static constexpr int W = 8;
+  static constexpr bool kWholeNumbers = false;
   static constexpr int kQueries = 2;  // at most in a block
   static constexpr int kSums = 8;     // vectors of sums held at a time
   using floats = __m256;

@@ -31,8 +31,9 @@ TT_NOINLINE void load_halves(const void* from, int64_t at, int64_t n, float abse
 // The same for `n` tokens from token `first`, of which those past the end of the run are zero, whatever is stored there.
 template <class V>
 TT_NOINLINE void load_tokens(const KvRun& run, const void* from, int64_t row, int64_t first, int64_t n, float absent, float* to) {
-  const int64_t valid = std::min(n, run.tokens - first);
-  load_halves<V>(from, row * kTile * tiles_of(run) + first, valid, absent, to);
+  const int64_t valid = std::min(n, run.tokens - first), at = row * kTile * tiles_of(run) + first;
+  for (int64_t i = 0; from && i < n; i += 32) V::prefetch(static_cast<const uint16_t*>(from) + at + n + i);
+  load_halves<V>(from, at, valid, absent, to);
   std::fill(to + valid, to + n, 0.0f);
 }
 
@@ -73,6 +74,12 @@ TT_NOINLINE Outliers outliers_of(const KvRun& run, int64_t head, int64_t tile, K
   return {static_cast<const uint16_t*>(run.outlier_places) + starts[0], values, count};
 }
 
+// Whether a unit multiplies such codes as whole numbers.
+template <class V, int BITS>
+constexpr bool takes_whole_numbers() {
+  return V::kWholeNumbers && (BITS == 2 || BITS == 4);
+}
+
 // One head of a run of codes, with what is shared by all its tiles.
 template <class V, int BITS>
 struct CodeHead {
@@ -106,6 +113,11 @@ struct CodeHead {
   bool by_channel() const { return scaled() && run.group_channels; }
   int64_t group(int64_t c) const { return (head * dim + c) / run.group_channels; }
   int64_t channel_groups() const { return by_channel() ? group(dim - 1) - group(0) + 1 : 1; }
+  // Whether groups of channels are whole registers of code bytes, and codes are their own levels.
+  template <int CHANNELS>
+  bool whole_registers() const {
+    return !run.levels && dim % CHANNELS == 0 && (!by_channel() || run.group_channels % CHANNELS == 0);
+  }
   // f(group counted from the head's first, its first channel in this head, the end)
   template <class F>
   TT_INLINE void each_group(F&& f) const {
@@ -180,6 +192,47 @@ struct CodeHead {
   }
 };
 
+// The queries of a block as whole numbers, where the unit has products for that.
+template <class V, int BITS, int Q>
+struct WholeQueries {
+  static constexpr bool kTakes = takes_whole_numbers<V, BITS>();
+  int64_t dim;
+  bool fits = false;
+  float* units;   // [groups][Q]
+  int8_t* bytes;  // [Q][high, low][dim]
+
+  WholeQueries(const CodeHead<V, BITS>& head, KvScratch& scratch) : dim(head.dim) {
+    if constexpr (kTakes) {
+      fits = head.template whole_registers<V::template Bytes<BITS>::kChannels>();
+      units = scratch.whole.take(head.channel_groups() * Q + (2 * Q * dim + 3) / 4);
+      bytes = reinterpret_cast<int8_t*>(units + head.channel_groups() * Q);
+    }
+  }
+  void load(const float* queries, int64_t group, int64_t begin, int64_t end) {
+    if constexpr (kTakes) {
+      for (int q = 0; fits && q < Q; ++q) {
+        int8_t* to = bytes + 2 * q * dim + begin;
+        units[group * Q + q] = V::template Bytes<BITS>::round_queries(queries + q * dim + begin, end - begin, to, to + dim);
+      }
+    } else {
+      (void)queries, (void)group, (void)begin, (void)end;
+    }
+  }
+  // As score_tile; or does nothing and returns false.
+  bool score(const uint8_t* tile, int64_t group, int64_t begin, int64_t end, float* sums) const {
+    if constexpr (kTakes) {
+      constexpr int kPart = Q < 4 ? Q : BITS == 4 ? 4 : 2;  // as many as there are registers for
+      for (int q = 0; fits && q < Q; q += kPart) {
+        V::template Bytes<BITS>::template score_tile<kPart>(tile, begin, end, bytes + 2 * q * dim, dim,
+                                                            units + group * Q + q, sums + q * kTile);
+      }
+    } else {
+      (void)tile, (void)group, (void)begin, (void)end, (void)sums;
+    }
+    return fits;
+  }
+};
+
 // queries [Q][dim] of the stored basis -> scores of tokens [begin, end) of the run, scores[q * pitch].
 template <class V, int BITS, int Q>
 void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const float* queries, float* scores,
@@ -190,6 +243,7 @@ void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const 
   float* projected = folded + 2 * Q * dim;                                // [Q][rank]: q B
   float* query_sums = projected + Q * rank;                               // [Q][groups]
   float offsets[2][Q] = {};
+  WholeQueries<V, BITS, Q> whole(head, scratch);
   for (int q = 0; q < Q; ++q) {
     for (int64_t r = 0; r < rank; ++r) {
       float sum = 0;
@@ -202,6 +256,9 @@ void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const 
       for (int64_t c = from; c < to; ++c) sum += queries[q * dim + c];
       query_sums[q * groups + i] = sum;
     });
+  }
+  if (!head.by_token()) {
+    head.each_group([&](int64_t i, int64_t from, int64_t to) { whole.load(queries, i, from, to); });
   }
   auto fold = [&](int slot) {  // scales into queries
     const float *s = head.scales + slot * dim, *m = head.minima + slot * dim;
@@ -238,16 +295,19 @@ void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const 
         if (loaded[i] == wanted) continue;
         head.load_group(loaded[i] = wanted, i);
         fold(i);
+        if (i == 0) whole.load(folded, 0, 0, dim);
       }
       for (int q = 0; q < Q; ++q) {
         for (int t = 0; t < kTile; ++t) sums[q * kTile + t] = offsets[t < 16 ? slots[0] : slots[1]][q];
       }
-      score_tile<V, Q>(rows, 0, dim, folded, folded + slots[1] * Q * dim, dim, sums);
+      if (slots[1] || !whole.score(rows.tiles, 0, 0, dim, sums)) {
+        score_tile<V, Q>(rows, 0, dim, folded, folded + slots[1] * Q * dim, dim, sums);
+      }
     } else if (head.by_channel()) {
       head.load_channel_groups(tile * kTile, kTile);
       head.each_group([&](int64_t i, int64_t from, int64_t to) {
         alignas(64) float inner[Q * kTile] = {};
-        score_tile<V, Q>(rows, from, to, queries, queries, dim, inner);
+        if (!whole.score(rows.tiles, i, from, to, inner)) score_tile<V, Q>(rows, from, to, queries, queries, dim, inner);
         const float *s = head.scales + i * kBlockTokens, *m = head.minima + i * kBlockTokens;
         for (int q = 0; q < Q; ++q) {
           const auto query_sum = V::set1(query_sums[q * groups + i]);
@@ -259,7 +319,7 @@ void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const 
         }
       });
     } else {
-      score_tile<V, Q>(rows, 0, dim, queries, queries, dim, sums);
+      if (!whole.score(rows.tiles, 0, 0, dim, sums)) score_tile<V, Q>(rows, 0, dim, queries, queries, dim, sums);
     }
     for (int64_t r = 0; r < rank; ++r) {
       for (int q = 0; q < Q; ++q) {
@@ -284,6 +344,49 @@ void score_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const 
   }
 }
 
+// Weighted sums of a block's codes as whole numbers, where the unit has products for that.
+template <class V, int BITS, int Q>
+struct WholeWeights {
+  static constexpr bool kTakes = takes_whole_numbers<V, BITS>();
+  int64_t dim;
+  bool fits = false;
+  float* lanes;   // [dim / channels of a register][Q][W]
+  int8_t* bytes;  // [Q][kValueTiles][high, low][32]
+
+  WholeWeights(const CodeHead<V, BITS>& head, KvScratch& scratch) : dim(head.dim) {
+    if constexpr (kTakes) {
+      constexpr int64_t kChannels = V::template Bytes<BITS>::kChannels;
+      fits = head.template whole_registers<kChannels>() && !head.by_token();
+      if (!fits) return;
+      const int64_t count = dim / kChannels * Q * V::W;
+      lanes = scratch.whole.take(count + Q * kBlockTokens / 2);
+      bytes = reinterpret_cast<int8_t*>(lanes + count);
+      std::fill(lanes, lanes + count, 0.0f);
+    }
+  }
+  // As sum_tiles; or does nothing and returns false.
+  bool sum(const CodeRows<V, BITS>& rows, int64_t tiles, int64_t begin, int64_t end, const float* weights) {
+    if constexpr (kTakes) {
+      if (!fits) return false;
+      float units[Q];
+      for (int q = 0; q < Q; ++q) {
+        units[q] = V::template Bytes<BITS>::round_weights(weights + q * kBlockTokens, tiles, bytes + 2 * q * kBlockTokens);
+      }
+      V::template Bytes<BITS>::template sum_tiles<Q>(rows.tiles, rows.tile_bytes, tiles, begin, end, bytes, units, lanes);
+    } else {
+      (void)rows, (void)tiles, (void)begin, (void)end, (void)weights;
+    }
+    return fits;
+  }
+  void finish(float* sums) const {
+    if constexpr (kTakes) {
+      if (fits) V::template Bytes<BITS>::template add_lanes<Q>(lanes, dim, sums);
+    } else {
+      (void)sums;
+    }
+  }
+};
+
 // weights[q * pitch] of tokens [begin, end) -> lanes [dim][Q][W] and sums [Q][dim], in the stored basis.
 template <class V, int BITS, int Q>
 void sum_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const float* weights, int64_t pitch,
@@ -295,6 +398,7 @@ void sum_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const fl
   float* projected = scaled + Q * kBlockTokens;  // [Q][rank]: p A
   float* offsets = projected + Q * rank;         // [Q][groups]
   std::fill(projected, offsets + Q * groups, 0.0f);
+  WholeWeights<V, BITS, Q> whole(head, scratch);
   auto dot = [&](const float* a, const float* b, int64_t n) {
     auto sum = V::zero();
     for (int64_t t = 0; t < n; t += V::W) sum = V::fma(V::load(a + t), V::load(b + t), sum);
@@ -335,9 +439,9 @@ void sum_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const fl
             V::store(scaled + q * kBlockTokens + t, V::mul(V::load(p + t), V::load(s + t)));
           }
         }
-        sum_tiles<V, Q>(rows, tiles, c, end_channel, scaled, lanes);
+        if (!whole.sum(rows, tiles, c, end_channel, scaled)) sum_tiles<V, Q>(rows, tiles, c, end_channel, scaled, lanes);
       });
-    } else {
+    } else if (!whole.sum(rows, tiles, 0, dim, block)) {
       sum_tiles<V, Q>(rows, tiles, 0, dim, block, lanes);
     }
     for (int64_t r = 0; r < rank; ++r) {
@@ -354,6 +458,7 @@ void sum_codes(const KvRun& run, int64_t h, int64_t begin, int64_t end, const fl
       }
     }
   }
+  whole.finish(sums);
   for (int q = 0; q < Q; ++q) {
     for (int64_t r = 0; r < rank; ++r) {
       for (int64_t c = 0; c < dim; ++c) sums[q * dim + c] += projected[q * rank + r] * head.channel_factors[r * dim + c];

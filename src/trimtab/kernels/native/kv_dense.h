@@ -15,7 +15,7 @@ void decode_codes(const KvRun& run, int64_t h, int64_t tile, float* rows, KvScra
   constexpr int kParts = kTile / V::W;
   auto write = [&](int64_t begin, int64_t end, auto scale, auto minimum) TT_INLINE {
     for (int64_t c = begin; c < end; ++c) {
-      codes.prefetch(c, 0);
+      codes.prefetch(c, kScoreAhead);
       unroll<kParts>([&](auto p) TT_INLINE {
         auto value = codes.template at<p>(c, 0);
         if constexpr (BITS == 8) {

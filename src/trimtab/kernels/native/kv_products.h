@@ -10,12 +10,12 @@ namespace trimtab {
 namespace {
 
 constexpr int kBlockTokens = kTile * kValueTiles;
+constexpr int kScoreAhead = 2;  // tiles that are fetched before they are needed
 
 // Codes of one head, each standing for its level.
 template <class V, int BITS>
 struct CodeRows {
   static constexpr int kRow = 4 * BITS;
-  static constexpr int kAhead = 2048;  // bytes
   const uint8_t* tiles;
   int64_t tile_bytes;
   typename V::Table table;
@@ -23,7 +23,7 @@ struct CodeRows {
   TT_INLINE typename V::floats at(int64_t c, int64_t t) const {
     return V::template decode<BITS, PART>(tiles + t * tile_bytes + c * kRow, table);
   }
-  TT_INLINE void prefetch(int64_t c, int64_t t) const { V::prefetch(tiles + t * tile_bytes + c * kRow + kAhead); }
+  TT_INLINE void prefetch(int64_t c, int64_t t) const { V::prefetch(tiles + t * tile_bytes + c * kRow); }
 };
 
 // The same with the scale and minimum of the channel: scales[2 t] for the first 16 tokens of tile t, [2 t + 1] the others.
@@ -74,7 +74,7 @@ TT_NOINLINE void score_tile(const Source& source, int64_t begin, int64_t end, co
   };
   int64_t c = begin;
   for (; c + kChains <= end; c += kChains) {
-    source.prefetch(c, 0);
+    source.prefetch(c, kScoreAhead);
     unroll<kChains>([&](auto u) TT_INLINE { channel(u, c + u); });
   }
   for (; c < end; ++c) channel(std::integral_constant<int, 0>{}, c);
@@ -97,7 +97,7 @@ TT_NOINLINE void sum_tiles(const Source& source, int64_t tiles, int64_t begin, i
       unroll<Q>([&](auto q) TT_INLINE { total[k][q] = V::load(lanes + ((c + k) * Q + q) * V::W); });
     });
     for (int64_t t = 0; t < tiles; ++t) {
-      source.prefetch(c, t);
+      source.prefetch(c, t + kValueTiles);
       unroll<kParts>([&](auto p) TT_INLINE {
         typename V::floats value[count];
         unroll<count>([&](auto k) TT_INLINE { value[k] = source.template at<p>(c + k, t); });

@@ -6,6 +6,7 @@ namespace {
 
 struct KvScalar {
   static constexpr int W = 16;
+  static constexpr bool kWholeNumbers = false;
   static constexpr int kQueries = 2;  // at most in a block
   static constexpr int kSums = 8;     // vectors of sums held at a time
   struct floats {

@@ -9,6 +9,7 @@ namespace {
 
 struct KvAvx512 {
   static constexpr int W = 16;
+  static constexpr bool kWholeNumbers = false;
   static constexpr int kQueries = 8;  // at most in a block
   static constexpr int kSums = 16;    // vectors of sums held at a time
   using floats = __m512;
