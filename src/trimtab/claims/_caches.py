@@ -32,7 +32,7 @@ from trimtab.models.segments import HeadPlan
 from trimtab.tensors.kv.codec import KVCodec
 from trimtab.tensors.kv.size import nbytes
 
-WINDOWS, LENGTH = 6, 2048
+WINDOWS, LENGTH = 4, 2048
 MEASURED = f"measured on {WINDOWS} x {LENGTH:,} tokens of held-out prose that the model reads through the cache"
 
 

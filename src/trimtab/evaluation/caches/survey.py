@@ -26,12 +26,14 @@ from trimtab.evaluation.caches.measure import CacheReference, measure_cache
 from trimtab.evaluation.caches.named import cache_class, cache_method, cache_names
 from trimtab.evaluation.caches.recall import SETTINGS
 from trimtab.evaluation.outliers import inject_outliers
-from trimtab.models import load
+from trimtab.models import info_of, load
 
 BITS = (2, 4)
 SETTINGS_OF: Mapping[str, Sequence[dict[str, object]]] = {
     "auto": ({"bits_per_element": 2.5}, {"bits_per_element": 3.5}),
-    "cq": ({"channels": 8}, {"channels": 4}),
+    "cq": ({"channels": 8},),
+    "gear": ({"bits": 2},),
+    "gear_l": ({"bits": 2},),
     "kvquant": ({"bits": 2}, {"bits": 3}, {"bits": 4}),
     "retrieval_heads": ({"full_fraction": 0.25},),
 }
@@ -64,6 +66,8 @@ def _subject(model: str, condition: str, small: bool) -> tuple[PreTrainedModel, 
     subject = load(model, dtype=torch.float32)
     if condition == "outliers":
         inject_outliers(subject, kind="activations")
+    if condition == "calibration text":  # the same model, so what caches learn is the same
+        info_of(subject).fitted_caches = info_of(_subject(model, "plain", small)[0]).fitted_caches
     with resources.as_file(resources.files("trimtab") / "assets" / "text" / "prose_calibration.txt") as file:
         text = file if condition == "calibration text" else None
         size: dict[str, Any] = {"windows": 4, "contexts": 3} if condition == "plain" else {"windows": 2, "contexts": 1}
