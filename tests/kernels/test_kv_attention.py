@@ -189,6 +189,19 @@ def test_ragged_lanes_and_masks(isa: str, group: int, dtype: torch.dtype) -> Non
             assert_parity(query, ragged(), (length, names), **{name: masks[name] for name in names})
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(isa: str, bad: float) -> None:
+    kinds: tuple[dict[str, Any], ...] = ({"group_tokens": 32}, {"group_channels": 32, "minimum": False}, {})
+    for kind, dtype in itertools.product(kinds, DTYPES):
+        run = random_run(50, **kind) if kind else random_run(50, dtype=torch.bfloat16)
+        query = random_query(1, 4, 2, 64, dtype)
+        query[0, 1, 1, 5] = bad
+        found, _ = native.kv_attention_native(query, [lane_of(run, run)], scale=0.1)
+        assert not torch.isfinite(found[0, 1, 1]).any(), (kind, dtype)
+        assert torch.isfinite(found[0, 1, 0]).all()
+        assert torch.isfinite(found[0, [0, 2, 3]]).all()
+
+
 @needs_native
 def test_strides_of_query_and_bias() -> None:
     query = random_query(2, 5, 4, 64).transpose(1, 2)  # [2, 4 heads, 5, 64]

@@ -73,12 +73,16 @@ struct CodeBytes {
     high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
     low = _mm512_cvtepi32_epi8(whole);
   }
+  // The largest size of x [n]; NaN if a number is not finite.
   TT_INLINE static float largest(const float* x, int64_t n) {
     __m512 most = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-    if (i < n) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(__mmask16((1u << (n - i)) - 1), x + i)));
-    return _mm512_reduce_max_ps(most);
+    __mmask16 bad = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m512 some = _mm512_maskz_loadu_ps(n - i < 16 ? __mmask16((1u << (n - i)) - 1) : __mmask16(0xffff), x + i);
+      bad = __mmask16(bad | _mm512_fpclass_ps_mask(some, 0x99));  // NaN or infinity
+      most = _mm512_max_ps(most, _mm512_abs_ps(some));
+    }
+    return bad ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(most);
   }
 
   // x [n] -> its high and its low bytes; returns what one unit stands for.

@@ -66,9 +66,12 @@ float softmax_weights(const KvSoftmax& s, float* scores, float* maximum) {
   V::store(each, most);
   const float top = *std::max_element(each, each + V::W);
   *maximum = top;
-  if (top == kHidden) {
-    std::fill(scores, scores + n, 0.0f);
-    return 0;
+  if (top == kHidden) {  // all are hidden, or NaN
+    const bool hidden = std::all_of(scores, scores + n, [](float score) { return score == kHidden; });
+    const float weight = hidden ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    if (!hidden) *maximum = 0;
+    std::fill(scores, scores + n, weight);
+    return weight;
   }
   const auto shift = V::set1(top);
   auto sum = V::zero();
