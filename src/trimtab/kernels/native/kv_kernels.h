@@ -1,6 +1,7 @@
 // The table of kernels of one vector unit: which way the keys or values of a run are multiplied.
 #pragma once
 
+#include "kv_code_products.h"
 #include "kv_dense.h"
 #include "kv_softmax.h"
 
