@@ -1,10 +1,10 @@
 """The C++ kernels of native/ on runs in CPU memory, through ctypes.
 
-Arithmetic is float32; the products of a run are taken on its codes where that is possible (native/kv_code_products.h), else on
-tiles of 32 tokens that are decoded on the way. Results do not depend on the number of threads: a lane is cut into
-chunks of tokens by its length alone, and their partial results are merged in order. Queries of 16 bits meet 2- and
-4-bit codes as whole numbers where the processor has AVX-512 VNNI (native/kv_avx512_vnni.cpp); with TRIMTAB_ISA=avx512
-they do not.
+Arithmetic is float32; the products of a run are taken on its codes where that is possible
+(native/kv_code_products.h), else on tiles of 32 tokens that are decoded on the way. Results do not depend on the number
+of threads: a lane is cut into chunks of tokens by its length alone, and their partial results are merged in order.
+Queries of 16 bits meet 2- and 4-bit codes as whole numbers where the processor has AVX-512 VNNI
+(native/kv_avx512_vnni.cpp); with TRIMTAB_ISA=avx512 they do not.
 
 Each run is described once, in a struct that is kept as long as the run, so a call joins bytes.
 """
