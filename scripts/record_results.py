@@ -65,7 +65,7 @@ def caches() -> tuple[dict[str, Any], int]:
     return survey("ref", tell=lambda line: print(line, file=sys.stderr, flush=True)), 0
 
 
-LONG_SYSTEMS = "trimtab/exact,trimtab/kivi-4,trimtab/kivi-2,trimtab/gear-2,transformers/dynamic-bf16,llama.cpp/q8_0"
+LONG_SYSTEMS = "trimtab/kivi-4,trimtab/kivi-2,transformers/dynamic-bf16,llama.cpp/q8_0"
 
 
 def kv_decode() -> tuple[dict[str, Any], int]:
