@@ -1,7 +1,7 @@
 """Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
-    python scripts/record_results.py claims     every claim; exits with status 3 if one does not hold
+    python scripts/record_results.py claims     every claim, or those of the systems named after it; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
@@ -47,10 +47,14 @@ def compare() -> tuple[dict[str, Any], int]:
     return {"records": records}, status
 
 
-def claims() -> tuple[dict[str, Any], int]:
-    """All claims."""
-    verdicts, status = trimtab("claims", "--json", accept=(0, DOES_NOT_HOLD))
-    return {"verdicts": verdicts}, status
+def claims(*systems: str) -> tuple[dict[str, Any], int]:
+    """All claims; or those of some systems, the others' verdicts being kept from the newest file."""
+    verdicts, status = trimtab("claims", *systems, "--json", accept=(0, DOES_NOT_HOLD))
+    if systems:
+        newest = max(RESULTS.glob("claims-*.json"), key=lambda file: file.stem[-10:])
+        kept = json.loads(newest.read_text(encoding="utf-8"))["verdicts"]
+        verdicts += [verdict for verdict in kept if verdict["system"] not in {new["system"] for new in verdicts}]
+    return {"verdicts": sorted(verdicts, key=lambda verdict: str(verdict["system"]))}, status
 
 
 def evaluate() -> tuple[dict[str, Any], int]:
@@ -81,7 +85,7 @@ def kv_decode() -> tuple[dict[str, Any], int]:
     return {"command": "; ".join(commands), "seed": 0, "entries": entries}, worst
 
 
-THEMES: dict[str, Callable[[], tuple[dict[str, Any], int]]] = {
+THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "compare": compare,
     "claims": claims,
     "caches": caches,
@@ -98,12 +102,12 @@ def machine_name(machine: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure one theme and write its file."""
-    if len(arguments) != 1 or arguments[0] not in THEMES:
-        print(f"usage: python scripts/record_results.py {'|'.join(THEMES)}", file=sys.stderr)
+    if not arguments or arguments[0] not in THEMES or (len(arguments) > 1 and arguments[0] != "claims"):
+        print(f"usage: python scripts/record_results.py {'|'.join(THEMES)} [SYSTEM ... for claims]", file=sys.stderr)
         return 2
     record = RunRecord(command=arguments[0])
     with record.timed("total"):
-        measured, status = THEMES[arguments[0]]()
+        measured, status = THEMES[arguments[0]](*arguments[1:])
     document = {
         "started": record.started,
         "seconds": record.seconds["total"],

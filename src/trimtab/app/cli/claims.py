@@ -10,7 +10,7 @@ import typer
 from trimtab.app.cli.options import AsJson
 from trimtab.app.cli.output import emit_json, say, show, table
 
-EXAMPLES = ("trimtab claims", "trimtab claims gptq", "trimtab claims rtn --json")
+EXAMPLES = ("trimtab claims", "trimtab claims gptq", "trimtab claims kivi gear --json")
 DOES_NOT_HOLD = 3
 
 
@@ -20,13 +20,13 @@ def _figures(numbers: object) -> str:
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method; without it, all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Methods; without any, all.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the smallest honest experiment for each claim. Exits 3 if one does not hold."""
     from trimtab.claims import run_claims
 
-    verdicts = list(run_claims(name))
+    verdicts = list(run_claims(names or None))
     if as_json:
         emit_json([dataclasses.asdict(verdict) for verdict in verdicts])
     else:
