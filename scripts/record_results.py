@@ -1,7 +1,7 @@
 """Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
     python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
-    python scripts/record_results.py claims     every claim, or those of the systems named after it; status 3: one does not hold
+    python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
