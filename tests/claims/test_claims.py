@@ -66,6 +66,7 @@ NEGATIVE = (
     "Window attention breaks as soon",
     "Retrieval heads are sparse",
     "At equal bytes the low-rank part lowers",
+    "Levels learnt by k-means weighted",
 )
 """How those claims begin that do not hold on models as small as the reference ones; the journal says why."""
 
