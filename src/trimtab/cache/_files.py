@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 import trimtab
 from trimtab.cache._making import cache_plan
 from trimtab.core.errors import CheckpointError, CompositionError, ConfigError, DataError, OutputError, TrimtabError
+from trimtab.core.files import atomic_file
 from trimtab.core.registry import method_class, methods
 from trimtab.kernels.kv_attention import Run
 from trimtab.models.checkpoint import read_header
@@ -67,7 +66,9 @@ def save(cache: SegmentCache, path: str | Path) -> Path:
     }
     text = json.dumps(entry)
     metadata = {_ENTRY: text, _DIGEST: _digest(text, names.tensors)}
-    with _atomic_file(path) as partial:
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; give the name of a file.")
+    with atomic_file(path, also=(SafetensorError,)) as partial:
         save_file(names.tensors, partial, metadata=metadata)
     return path
 
@@ -307,23 +308,3 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().flatten()
     return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; on leaving without an error it becomes `path`. Raises OutputError."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory; give the name of a file.")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with open(partial, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{path} cannot be written ({reason}); nothing was changed.") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()

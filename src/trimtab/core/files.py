@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trimtab.core.errors import DataError, OutputError
@@ -48,18 +48,30 @@ def read_user_text(path: str | Path) -> str:
 
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old content or all of the new. Raises OutputError."""
+    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as handle:
+        handle.write(text)
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, also: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """A temporary name to write a file to; on leaving without an error it becomes `path`, else it is removed.
+
+    Raises OutputError if the disk refuses a write; `also` are errors in which a writer's library says so.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
+        yield partial
+        with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror or error}); nothing was changed.") from None
+    except (OSError, *also) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path} cannot be written ({reason}); nothing was changed.") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def refuse_occupied(path: str | Path, force: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointError, OutputError
+from trimtab.core.errors import CheckpointError
+from trimtab.core.files import atomic_file
 from trimtab.models.statistics import ACCUMULATORS, Stats
 
 STATISTICS_VERSION = 1
@@ -37,16 +37,8 @@ def save_statistics(path: str | Path, statistics: Mapping[str, Stats], *, data_s
         "dtype": dtype,
         "counts": json.dumps({site: stats.count for site, stats in statistics.items()}, sort_keys=True),
     }
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, also=(SafetensorError,)) as partial:
         save_file(tensors, partial, metadata=header)
-        with open(partial, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error}); nothing was changed.") from None
 
 
 def load_statistics(path: str | Path) -> tuple[dict[str, Stats], dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from pathlib import Path
 
 from trimtab.cache._retrieval.scores import HeadScores
-from trimtab.core.errors import ConfigError, OutputError
+from trimtab.core.errors import ConfigError
+from trimtab.core.files import atomic_file
 
 _FORMATS = ("png", "svg")
 _LABELLED = 256
@@ -23,7 +22,9 @@ def draw(scores: HeadScores, path: str | Path) -> None:
     ending = path.suffix.lower().lstrip(".")
     if ending not in _FORMATS:
         raise ConfigError(f"a picture is written as .png or .svg, not as {path.name!r}.")
-    _write(path, _rendered(scores, ending))
+    content = _rendered(scores, ending)
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def _rendered(scores: HeadScores, ending: str) -> bytes:
@@ -60,18 +61,3 @@ def _rendered(scores: HeadScores, ending: str) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=ending, dpi=150, metadata={"Date": None} if ending == "svg" else None)
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OutputError(f"{path} cannot be written ({error.strerror or error}); nothing was changed.") from None
