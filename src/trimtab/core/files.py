@@ -59,6 +59,7 @@ def atomic_file(path: str | Path, *, also: tuple[type[Exception], ...] = ()) -> 
     Raises OutputError if the disk refuses a write; `also` are errors in which a writer's library says so.
     """
     path = Path(path)
+    refusals: tuple[type[Exception], ...] = (OSError, *also)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def atomic_file(path: str | Path, *, also: tuple[type[Exception], ...] = ()) -> 
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
-    except (OSError, *also) as error:
+    except refusals as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} cannot be written ({reason}); nothing was changed.") from None
     finally:
