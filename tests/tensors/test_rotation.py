@@ -92,8 +92,8 @@ def test_written_rotations_never_change() -> None:
     """Checkpoints hold seed and size only, so these values are part of the format."""
     first_row = (Rotation(16, 7).matrix() * 4).round().int()[0].tolist()
     assert first_row == [1, 1, -1, -1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1]
-    assert Rotation.from_spec(Rotation(16, 7).spec()) == Rotation(16, 7)
-    assert Rotation.from_spec(Rotation(16, None).spec()) == Rotation(16, None)
+    assert Rotation.from_state(Rotation(16, 7).spec(), {}) == Rotation(16, 7)
+    assert Rotation.from_state(Rotation(16, None).spec(), {}) == Rotation(16, None)
 
 
 def test_refusals() -> None:
@@ -110,4 +110,4 @@ def test_refusals() -> None:
         {"kind": "hadamard", "size": 0, "seed": 0},
     ):
         with pytest.raises(CheckpointError):
-            Rotation.from_spec(spec)
+            Rotation.from_state(spec, {})

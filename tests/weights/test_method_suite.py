@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,15 @@ def test_error_is_small_and_reported(name: str, options: dict[str, Any], calibra
     for entry in model.trimtab.record.changed:
         weight = weights[entry["linear"]]
         error = (model.get_submodule(entry["linear"]).dequantize() - weight).square().sum() / weight.square().sum()
-        assert entry["relative_weight_error"] == pytest.approx(float(error), rel=1e-4)
+        if not model.trimtab.record.changed_dense:  # else the stored weight is that of a rescaled input
+            assert entry["relative_weight_error"] == pytest.approx(float(error), rel=1e-4)
         assert 0 < entry.get("relative_error", entry["relative_weight_error"]) < bound
 
 
 @case
 def test_more_bits_mean_less_error(name: str, options: dict[str, Any], calibration: CalibrationSet) -> None:
     errors = []
-    for bits in (2, 3, 4, 8):
+    for bits in typing.get_args(typing.get_type_hints(method_class(name))["bits"]):
         model = compressed("llama", name, {**options, "bits": bits}, calibration)
         errors.append(sum(entry["relative_weight_error"] for entry in model.trimtab.record.changed))
     assert errors == sorted(errors, reverse=True)
@@ -118,6 +120,8 @@ def test_changes_the_model_in_place(name: str, options: dict[str, Any], calibrat
     model = random_model("llama")
     untouched = {key: value.clone() for key, value in model.state_dict().items() if "proj" not in key}
     assert tt.compress(model, build(name, options), calibration=calibration, progress=False) is model
+    for key in model.trimtab.record.changed_dense:
+        del untouched[key]
     assert all(torch.equal(model.state_dict()[key], value) for key, value in untouched.items())
 
 

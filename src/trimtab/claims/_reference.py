@@ -61,7 +61,7 @@ def measured(method: WeightMethod, outliers: Kind | None = None, seed: int = 0) 
     """Compress `ref` by the method and compare its predictions. `seed` draws calibration text and outlier channels."""
     model = reference(outliers, seed)
     calibration = None
-    if method.needs:
+    if method.needs_text:
         tokenizer = tokenizer_of(model)
         calibration = CalibrationSet.from_text(None, tokenizer, sequences=SEQUENCES, length=LENGTH, seed=seed)
     compress(model, method, calibration=calibration, seed=seed)

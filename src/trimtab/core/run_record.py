@@ -46,7 +46,11 @@ def machine() -> dict[str, Any]:
 
 @dataclass
 class RunRecord:
-    """One run. `metrics` and `ledger` are filled by whoever measures; times are seconds by name."""
+    """One run. `metrics` and `ledger` are filled by whoever measures; times are seconds by name.
+
+    `changed` has an entry for each layer that was replaced, `changed_dense` the names of parameters that took new
+    values and stayed dense, `unchanged` the layers that were left alone and why.
+    """
 
     command: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class RunRecord:
     ledger: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     changed: list[dict[str, Any]] = field(default_factory=list)
+    changed_dense: list[str] = field(default_factory=list)
     unchanged: list[dict[str, str]] = field(default_factory=list)
 
     @contextmanager

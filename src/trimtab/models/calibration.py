@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import DataError, NumericsError
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.captured_call import CapturedCall, first_output
 from trimtab.models.statistics import Need, SiteAccumulator, Stats
 from trimtab.models.views import BlockView, ModelView
 
@@ -103,6 +104,26 @@ class BlockStream:
                     self._hidden[index] = self._checked(output, mask, block)  # frees the chunk's input
         return {site: accumulator.stats() for site, accumulator in accumulators.items()}
 
+    def capture(self, block: BlockView, module: nn.Module, *, sequences: int) -> list[CapturedCall]:
+        """The calls of `module`, inside `block` (or the block itself), on the first `sequences` sequences or more.
+
+        `block` is the next block of the stream, which does not move. Whole chunks are run, and each gives one call; a
+        module that is called several times in one forward pass gives as many.
+        """
+        calls: list[CapturedCall] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append(CapturedCall(module, args, kwargs, first_output(output), mask))
+
+        handle = module.register_forward_hook(keep, with_kwargs=True)
+        try:
+            for start in range(0, min(sequences, len(self.calibration.tokens)), self._chunk):
+                mask = self.calibration.mask[self._rows(start // self._chunk)]
+                self._run(block, start // self._chunk)
+        finally:
+            handle.remove()
+        return calls
+
     def advance(self, block: BlockView) -> None:
         """Run all sequences through `block`, the next block, as it is now, to stand in front of the one after it.
 
@@ -147,7 +168,7 @@ class BlockStream:
                 output = forward(hidden, *args, **kwargs)
             except _Gathered:
                 return hidden
-            result = (output[0] if isinstance(output, tuple) else output).cpu()
+            result = first_output(output).cpu()
             return output
 
         with _substituted(self._blocks, block.module, substitute):

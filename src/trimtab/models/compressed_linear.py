@@ -65,6 +65,14 @@ class CompressedLinear(nn.Module):
             self._built = (present, CompressedTensor.from_state(self._spec, state))
         return self._built[1]
 
+    def set_tensor(self, tensor: CompressedTensor) -> None:
+        """Put another weight of the same spec here. Raises CheckpointError if a buffer has another shape or dtype."""
+        if tensor.spec() != self._spec:
+            raise CheckpointError(f"a weight of another form ({tensor.spec()}) cannot replace {self._spec}.")
+        for name, value in tensor.state().items():
+            self.register_buffer(self._buffer_names[name], value)
+        self._built = None
+
     def stored(self) -> dict[str, Tensor]:
         """Attribute name -> buffer of everything that stands for the weight; the bias is not among them."""
         return {name: self.get_buffer(name) for name in self._buffer_names.values()}
@@ -106,6 +114,6 @@ class CompressedLinear(nn.Module):
 
 
 def _module_name(buffer: str) -> str:
-    """`0.codes` -> `part0_codes`: attribute names cannot hold dots."""
-    index, _, name = buffer.partition(".")
-    return f"part{index}_{name}"
+    """`0.codes` -> `part0_codes`, `transform.0.index` -> `transform_0_index`: attribute names cannot hold dots."""
+    name = buffer.replace(".", "_")
+    return f"part{name}" if name[0].isdecimal() else name

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from trimtab.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from trimtab.tensors.activations import ActivationGrid as ActivationGrid
     from trimtab.tensors.base import Part as Part
     from trimtab.tensors.compressed import CompressedTensor as CompressedTensor
     from trimtab.tensors.grid import ClipSearch as ClipSearch
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric as Metric
     from trimtab.tensors.rotation import Rotation as Rotation
     from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
+    from trimtab.tensors.transform import Chain as Chain
+    from trimtab.tensors.transform import Transform as Transform
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "ActivationGrid": "activations",
         "Part": "base",
         "CompressedTensor": "compressed",
         "ClipSearch": "grid",
@@ -34,5 +38,7 @@ __getattr__, __dir__ = lazy_exports(
         "Metric": "metric",
         "Rotation": "rotation",
         "SparseOutliers": "sparse",
+        "Chain": "transform",
+        "Transform": "transform",
     },
 )

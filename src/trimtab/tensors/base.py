@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointError, did_you_mean
+from trimtab.core.errors import CheckpointError, NumericsError, did_you_mean
 
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
@@ -68,13 +68,35 @@ class Part(ABC):
     def from_state(cls, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Part:
         """Rebuild without copying. Raises CheckpointError if a buffer is missing or has another shape or dtype."""
 
+    @property
+    def code_shape(self) -> tuple[int, int] | None:
+        """Shape of the codes, the discrete choices that `project` makes: [out, in], or [out, in / g] if g weights share
+        one. None if this part has no codes."""
+        return self.shape
+
     @abstractmethod
-    def project(self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None) -> Part:
+    def project(
+        self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False
+    ) -> Part:
         """The part of the same form nearest to the dense `target` [out, in], continuous parameters kept.
 
-        `subset` (bool [out, in]) limits the change: codes outside it stay as they are. The primitive behind
-        alternating quantization and SVD, straight-through training and discrete steps.
+        `subset` (bool `code_shape`) limits the change: codes outside it stay as they are. With `differ`, a code inside
+        it that is the nearest already becomes the nearest other one. The primitive behind alternating quantization and
+        SVD, straight-through training and discrete steps. Raises ConfigError for what does not apply to the part.
         """
+
+    @abstractmethod
+    def continuous(self) -> dict[str, Tensor]:
+        """The buffers of numbers, not codes, that training may change: a subset of `state()`, as stored."""
+
+    @abstractmethod
+    def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
+        """The dense float32 [out, in] weight with `continuous` (float32, each in the shape it has in `continuous()`) in
+        place of the stored numbers; differentiable in them. `dense(continuous())` equals `dequantize()`."""
+
+    @abstractmethod
+    def with_continuous(self, continuous: Mapping[str, Tensor]) -> Part:
+        """This part with `continuous` stored in its dtypes, codes kept. Raises NumericsError if it cannot be."""
 
     def check(self) -> None:  # noqa: B027 - most parts have something to check, not all
         """Raise CheckpointError if the buffers hold values that no compression writes. The default accepts all.
@@ -110,6 +132,17 @@ def shape_from_spec(spec: Mapping[str, Any]) -> tuple[int, int]:
     if not (isinstance(shape, Sequence) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise CheckpointError(f"{spec.get('kind')} part: 'shape' must be [out, in], not {shape!r}.")
     return shape[0], shape[1]
+
+
+def stored_like(part: Part, continuous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`continuous` in the dtypes in which `part` stores them. Raises NumericsError if one is not finite there."""
+    stored = {name: continuous[name].detach().to(old.dtype).contiguous() for name, old in part.continuous().items()}
+    for name, tensor in stored.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(
+                f"{part.kind} part of shape {list(part.shape)}: '{name}' has values that {tensor.dtype} cannot hold."
+            )
+    return stored
 
 
 def dtype_from_spec(spec: Mapping[str, Any], allowed: Mapping[str, torch.dtype]) -> torch.dtype:

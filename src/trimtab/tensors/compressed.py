@@ -12,22 +12,24 @@ from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError
 from trimtab.tensors.base import Part, part_class, part_from_state
-from trimtab.tensors.rotation import Rotation
+from trimtab.tensors.transform import Buffers, Transform, transform_class, transform_from_state
+
+_TRANSFORM = "transform"
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedTensor:
     """What replaces the weight of one linear layer.
 
-    parts        at least one; all of the shape [out, in] of the weight
-    transform    T, applied to the input: `y = sum_i P_i (T x)`, so the parts stand for W T^-1
+    parts        at least one; all of the shape [out, in] of the weight, or [out, transform.width]
+    transform    T, applied to the input: `y = sum_i P_i T(x)`, so for an invertible T the parts stand for W T^-1
 
     Raises ConfigError if there are no parts or their shapes differ. Buffers are named by the index of their part,
-    "0.codes", "0.scales", "1.left", ...
+    "0.codes", "0.scales", "1.left", ..., and those of the transform "transform.index", ...
     """
 
     parts: tuple[Part, ...]
-    transform: Rotation | None = None
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -36,22 +38,24 @@ class CompressedTensor:
         if len(set(shapes)) > 1:
             listed = ", ".join(f"{part.kind} {list(shape)}" for part, shape in zip(self.parts, shapes, strict=True))
             raise ConfigError(f"the parts of a compressed tensor must have one shape, these have: {listed}.")
-        if self.transform is not None and self.transform.size != self.shape[1]:
+        width = self.parts[0].shape[1]
+        if self.transform is not None and self.transform.width != width:
             raise ConfigError(
-                f"a transform of size {self.transform.size} does not fit parts of shape {list(self.shape)}: "
-                f"it acts on the {self.shape[1]} inputs."
+                f"a transform to {self.transform.width} entries does not fit parts of shape "
+                f"{list(self.parts[0].shape)}: they multiply {width} inputs."
             )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight."""
-        return self.parts[0].shape
+        """(out, in) of the weight; `in` is that of the layer's input, in front of the transform."""
+        out_features, width = self.parts[0].shape
+        return out_features, width if self.transform is None else self.transform.in_features
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense [out, in] weight this stands for, transform undone; summed in float32, then rounded to `dtype`."""
         total = reduce(torch.add, (part.dequantize() for part in self.parts))
         if self.transform is not None:
-            total = self.transform.inverse(total)  # rows of P T are T^t applied to the rows of P
+            total = self.transform.fold(total)
         return total.to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -64,8 +68,8 @@ class CompressedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers of all parts. A transform stores none: it is rebuilt from its spec."""
-        return sum(part.nbytes for part in self.parts)
+        """Bytes of all buffers, those of the transform included."""
+        return sum(part.nbytes for part in self.parts) + (0 if self.transform is None else self.transform.nbytes)
 
     def spec(self) -> dict[str, Any]:
         """JSON values: {"parts": [...], "transform": {...} or None}."""
@@ -73,32 +77,35 @@ class CompressedTensor:
         return {"parts": [part.spec() for part in self.parts], "transform": transform}
 
     def state(self) -> dict[str, Tensor]:
-        """All buffers, named "INDEX.NAME"."""
-        return {f"{i}.{name}": tensor for i, part in enumerate(self.parts) for name, tensor in part.state().items()}
+        """All buffers, named "INDEX.NAME" and "transform.NAME"."""
+        owners: dict[str, Part | Transform] = {str(index): part for index, part in enumerate(self.parts)}
+        if self.transform is not None:
+            owners[_TRANSFORM] = self.transform
+        return {f"{owner}.{name}": tensor for owner, it in owners.items() for name, tensor in it.state().items()}
 
     @classmethod
-    def buffers(cls, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def buffers(cls, spec: Mapping[str, Any]) -> Buffers:
         """Name -> (shape, dtype) of the buffers that `from_state` wants. Raises CheckpointError on a bad spec."""
-        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for index, part in enumerate(_part_specs(spec)):
-            wanted |= {f"{index}.{name}": buffer for name, buffer in part_class(part).buffers(part).items()}
-        return wanted
+        owners = {str(index): part_class(part).buffers(part) for index, part in enumerate(_part_specs(spec))}
+        if (transform := spec.get("transform")) is not None:
+            owners[_TRANSFORM] = transform_class(transform).buffers(transform)
+        return {f"{owner}.{name}": buffer for owner, own in owners.items() for name, buffer in own.items()}
 
     @classmethod
     def from_state(cls, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> CompressedTensor:
         """Rebuild without copying. Raises CheckpointError if the spec is bad or a buffer does not fit it."""
-        specs = _part_specs(spec)
-        grouped: list[dict[str, Tensor]] = [{} for _ in specs]
+        specs, transform = _part_specs(spec), spec.get("transform")
+        owners = [str(index) for index in range(len(specs))] + ([] if transform is None else [_TRANSFORM])
+        grouped: dict[str, dict[str, Tensor]] = {owner: {} for owner in owners}
         for key, tensor in state.items():
-            index, _, name = key.partition(".")
-            if not (index.isdecimal() and int(index) < len(specs) and name):
+            owner, _, name = key.partition(".")
+            if owner not in grouped or not name:
                 raise CheckpointError(f"unexpected buffer '{key}' for a compressed tensor of {len(specs)} parts.")
-            grouped[int(index)][name] = tensor
-        transform = spec.get("transform")
+            grouped[owner][name] = tensor
         try:
             return cls(
-                tuple(part_from_state(part, buffers) for part, buffers in zip(specs, grouped, strict=True)),
-                None if transform is None else Rotation.from_spec(transform),
+                tuple(part_from_state(part, grouped[owner]) for owner, part in zip(owners, specs, strict=False)),
+                None if transform is None else transform_from_state(transform, grouped[_TRANSFORM]),
             )
         except ConfigError as error:
             raise CheckpointError(f"compressed tensor: {error}") from None
@@ -107,6 +114,8 @@ class CompressedTensor:
         """Raise CheckpointError if a buffer holds values that no compression writes."""
         for part in self.parts:
             part.check()
+        if self.transform is not None:
+            self.transform.check()
 
 
 def _part_specs(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
 from trimtab.kernels.grid_matmul import grid_matmul
 from trimtab.kernels.packing import pack, packed_bytes, unpack
-from trimtab.tensors.base import Part, checked_buffers, shape_from_spec
+from trimtab.tensors.base import Part, checked_buffers, shape_from_spec, stored_like
 from trimtab.tensors.grid_format import (
     GridFormat,
     check_parameters,
@@ -51,7 +51,7 @@ class GroupGrid(Part):
 
     packed    uint8 [out, packed_bytes(in, bits)], each row packed on its own (trimtab.kernels.packing)
     scales    [out, groups] along "in", [groups, in] along "out"; in `format.scale_dtype`
-    zeros     uint8 in the shape of scales, in code units; None if symmetric
+    zeros     in the shape of scales, in code units, in `format.zero_dtype`; None if symmetric
     """
 
     kind: ClassVar[str] = "grid"
@@ -81,9 +81,10 @@ class GroupGrid(Part):
         check_parameters(scales, zeros, fmt, shape)
         if (zeros is None) != fmt.symmetric:
             raise ConfigError(f"zeros must be given exactly for an asymmetric grid: zeros={zeros}, {fmt}.")
-        if scales.dtype != fmt.torch_scale_dtype:
+        if scales.dtype != fmt.torch_scale_dtype or (zeros is not None and zeros.dtype != fmt.torch_zero_dtype):
             raise ConfigError(
-                f"scales are {scales.dtype}, the format stores {fmt.scale_dtype}: round them before codes."
+                f"scales are {scales.dtype} and zeros {None if zeros is None else zeros.dtype}, the format stores "
+                f"{fmt.scale_dtype} and {fmt.zero_dtype}: round them before codes."
             )
         low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
         if low < 0 or high >= fmt.levels:
@@ -104,7 +105,7 @@ class GroupGrid(Part):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Through the grid kernel where groups run along "in", else through the dense weight."""
-        if self.format.axis == "out":
+        if self.format.axis == "out" or (self.zeros is not None and self.zeros.is_floating_point()):
             return torch.nn.functional.linear(x, self.dequantize(x.dtype))
         return grid_matmul(
             x,
@@ -116,7 +117,9 @@ class GroupGrid(Part):
             in_features=self.in_features,
         )
 
-    def project(self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None) -> GroupGrid:
+    def project(
+        self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False
+    ) -> GroupGrid:
         """Nearest codes to `target` with scales and zeros kept.
 
         Each code has a weight of its own, so nearest in any diagonal or row x column metric is nearest elementwise and
@@ -126,10 +129,34 @@ class GroupGrid(Part):
             raise ConfigError(f"target of shape {list(target.shape)} for a grid of shape {list(self.shape)}.")
         if not bool(torch.isfinite(target).all()):
             raise NumericsError(f"the target of shape {list(target.shape)} has NaN or infinite values.")
-        codes = quantize_codes(target, self.scales, self.zeros, self.format)
+        codes, old = quantize_codes(target, self.scales, self.zeros, self.format), self.codes()
+        if differ:
+            above = target > dequantize_codes(codes, self.scales, self.zeros, self.format)
+            # the neighbour on the target's side of its nearest code is the second nearest; at an end, the only one
+            neighbour = torch.where(above, codes.short() + 1, codes.short() - 1)
+            last = self.format.levels - 1
+            neighbour = torch.where(neighbour > last, last - 1, torch.where(neighbour < 0, 1, neighbour))
+            codes = torch.where(codes == old, neighbour.to(torch.uint8), codes)
         if subset is not None:
-            codes = torch.where(subset, codes, self.codes())
+            codes = torch.where(subset, codes, old)
         return replace(self, packed=pack(codes, self.format.bits))
+
+    def continuous(self) -> dict[str, Tensor]:
+        """Scales, and zero points if they are fractional."""
+        fractional = self.zeros is not None and self.zeros.is_floating_point()
+        return {
+            name: value for name, value in self.state().items() if name == "scales" or (name == "zeros" and fractional)
+        }
+
+    def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
+        return dequantize_codes(self.codes(), continuous["scales"], continuous.get("zeros", self.zeros), self.format)
+
+    def with_continuous(self, continuous: Mapping[str, Tensor]) -> GroupGrid:
+        """Raises NumericsError also for scales that are not positive once stored."""
+        stored = stored_like(self, continuous)
+        if not bool((stored["scales"] > 0).all()):
+            raise NumericsError(f"grid part of shape {list(self.shape)}: scales must be positive in {self.format}.")
+        return replace(self, scales=stored["scales"], zeros=stored.get("zeros", self.zeros))
 
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape), **self.format.to_dict()}
@@ -149,7 +176,7 @@ class GroupGrid(Part):
             "codes": ((shape[0], packed_bytes(shape[1], fmt.bits)), torch.uint8),
             "scales": (parameters, fmt.torch_scale_dtype),
         }
-        return wanted if fmt.symmetric else wanted | {"zeros": (parameters, torch.uint8)}
+        return wanted if fmt.symmetric else wanted | {"zeros": (parameters, fmt.torch_zero_dtype)}
 
     @classmethod
     def from_state(cls, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> GroupGrid:
@@ -164,7 +191,7 @@ class GroupGrid(Part):
             raise CheckpointError(f"grid part: {error}") from None
 
     def check(self) -> None:
-        """Raise CheckpointError if a scale is not positive and finite or a zero point is no code."""
+        """Raise CheckpointError if a scale is not positive and finite, or a zero point is no code or no number."""
         bad = ~(torch.isfinite(self.scales) & (self.scales > 0))
         if bool(bad.any()):
             row, group = bad.nonzero()[0].tolist()
@@ -173,7 +200,12 @@ class GroupGrid(Part):
                 f"grid part of shape {list(self.shape)}: {int(bad.sum())} scales are not positive and finite, "
                 f"the first is scales[{row}, {group}] = {value}."
             )
-        if self.zeros is not None and self.zeros.numel() and int(self.zeros.max()) >= self.format.levels:
+        if self.zeros is None or not self.zeros.numel():
+            return
+        if self.zeros.is_floating_point():
+            if not bool(torch.isfinite(self.zeros).all()):
+                raise CheckpointError(f"grid part of shape {list(self.shape)}: zero points have NaN or infinity.")
+        elif int(self.zeros.max()) >= self.format.levels:
             raise CheckpointError(
                 f"grid part of shape {list(self.shape)}: a zero point is {int(self.zeros.max())}; "
                 f"{self.format.bits} bits hold 0 to {self.format.levels - 1}."

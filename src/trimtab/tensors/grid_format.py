@@ -27,6 +27,7 @@ class GridFormat(Config):
     symmetric     no zero points: zero is the code 2^(bits-1)
     axis          the axis that groups run along: "in" (columns of a row) or "out" (rows of a column)
     scale_dtype   stored dtype of the scales; codes are computed with the scales as stored
+    zero_dtype    stored dtype of zero points: whole codes in a byte, or fractional ones as numbers
     """
 
     bits: Literal[2, 3, 4, 8] = 4
@@ -34,6 +35,7 @@ class GridFormat(Config):
     symmetric: bool = True
     axis: Literal["in", "out"] = "in"
     scale_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
+    zero_dtype: Literal["uint8", "float16", "float32", "bfloat16"] = "uint8"
 
     def check(self) -> None:
         if self.group_size != -1 and self.group_size < 1:
@@ -49,6 +51,10 @@ class GridFormat(Config):
     @property
     def torch_scale_dtype(self) -> torch.dtype:
         return SCALE_DTYPES[self.scale_dtype]
+
+    @property
+    def torch_zero_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.zero_dtype == "uint8" else SCALE_DTYPES[self.zero_dtype]
 
     def group_length(self, shape: tuple[int, int]) -> int:
         """Weights per group in a matrix of this [out, in] shape. Raises ConfigError if groups do not fill the axis."""
@@ -79,11 +85,14 @@ class GridFormat(Config):
 def column_codes(column: Tensor, scales: Tensor, zeros: Tensor | None, fmt: GridFormat) -> Tensor:
     """Nearest codes, uint8, of one column [out] given its group's scales [out] and zeros [out] (None: symmetric).
 
-    Works on any tensor that the parameters broadcast against. Rounds half to even, `clip(round(w / s) + z)`. No checks:
-    this is the inner loop of sequential methods.
+    Works on any tensor that the parameters broadcast against. Rounds half to even, `clip(round(w / s) + z)`; a
+    fractional z is added before rounding. No checks: this is the inner loop of sequential methods.
     """
-    steps = torch.round(column.float() / scales.float())
-    shifted = steps + (fmt.levels // 2 if zeros is None else zeros.float())
+    steps = column.float() / scales.float()
+    if zeros is not None and zeros.is_floating_point():
+        shifted = torch.round(steps + zeros.float())
+    else:
+        shifted = torch.round(steps) + (fmt.levels // 2 if zeros is None else zeros.float())
     return shifted.clamp_(0, fmt.levels - 1).to(torch.uint8)
 
 

@@ -48,7 +48,7 @@ IMATRIX_SEARCH = ClipSearch(grid=20, max_shrink=0.95, norm=3.0)
 def grid_parameters(
     weight: Tensor, fmt: GridFormat, clip: ClipSearch | None = None, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales (in the stored dtype) and zeros (uint8, or None if symmetric) of every group of `weight` [out, in].
+    """Scales and zeros (None if symmetric), in their stored dtypes, of every group of `weight` [out, in].
 
     Symmetric: `s = max|w| / ((2^b - 1) / 2)`, so the largest positive weight may clip by half a step, as in
     compressed-tensors. Asymmetric: 0 is forced into the range, `s = (max - min) / (2^b - 1)`, `z = round(-min / s)`.
@@ -125,8 +125,8 @@ def range_parameters(low: Tensor, high: Tensor, fmt: GridFormat) -> tuple[Tensor
     scales = _stored(exact, fmt)
     if fmt.symmetric:
         return scales, None
-    zeros = torch.round(-low / scales.float()).clamp_(0, fmt.levels - 1)
-    return scales, zeros.to(torch.uint8)
+    exact = (-low / scales.float()).clamp_(0, fmt.levels - 1)
+    return scales, (exact.round() if fmt.zero_dtype == "uint8" else exact).to(fmt.torch_zero_dtype)
 
 
 def _stored(exact: Tensor, fmt: GridFormat) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec
+from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
 from trimtab.tensors.metric import Metric
 
 FACTOR_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -59,13 +59,28 @@ class LowRank(Part):
         wide = torch.promote_types(x.dtype, self.left.dtype)
         return ((x.to(wide) @ self.right.to(wide).t()) @ self.left.to(wide).t()).to(x.dtype)
 
-    def project(self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None) -> LowRank:
-        """The nearest matrix of this rank to `target`. A low-rank part has no codes, so a `subset` is refused."""
-        if subset is not None:
+    @property
+    def code_shape(self) -> None:
+        return None
+
+    def project(
+        self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False
+    ) -> LowRank:
+        """The nearest matrix of this rank to `target`. A low-rank part has no codes: `subset`, `differ` are refused."""
+        if subset is not None or differ:
             raise ConfigError("a low-rank part has no codes of its own to change: project it without a subset.")
         if tuple(target.shape) != self.shape:
             raise ConfigError(f"target of shape {list(target.shape)} for a low-rank part of shape {list(self.shape)}.")
         return svd(target, self.rank, metric, dtype=self.left.dtype)
+
+    def continuous(self) -> dict[str, Tensor]:
+        return self.state()
+
+    def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
+        return continuous["left"].float() @ continuous["right"].float()
+
+    def with_continuous(self, continuous: Mapping[str, Tensor]) -> LowRank:
+        return LowRank(**stored_like(self, continuous))
 
     def spec(self) -> dict[str, Any]:
         name = str(self.left.dtype).removeprefix("torch.")

@@ -12,26 +12,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError
+from trimtab.tensors.transform import Transform
 
 MAX_BASE = 512  # rows of a base; it is applied as a dense matrix
 _RADIX = 64  # powers of two are applied as dense factors of at most this many rows
 
 
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(Transform):
     """An orthogonal transform of vectors of `size` entries, equal on every platform for equal (size, seed).
 
     seed    of the random signs; None = no signs
 
     Nothing is stored but size and seed. Raises ConfigError for a size below 1 or a seed outside 0 .. 2^63 - 1.
     """
+
+    kind: ClassVar[str] = "hadamard"
 
     size: int
     seed: int | None = 0
@@ -41,6 +44,14 @@ class Rotation:
             raise ConfigError(f"a rotation of size {self.size} has nothing to rotate; size must be at least 1.")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"rotation seed {self.seed} must be in 0 .. 2^63 - 1, or None for no signs.")
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
 
     @property
     def block(self) -> int:
@@ -54,23 +65,27 @@ class Rotation:
         return self._mix(signed if signs is None else signed * signs, transpose=False).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """x [..., size] -> T^-1 x = T^t x. On a weight [out, in] this is the product `W T`; see CompressedTensor."""
+        """x [..., size] -> T^-1 x = T^t x."""
         mixed = self._mix(self._wide(x), transpose=True)
         signs = self._signs(mixed)
         return (mixed if signs is None else mixed * signs).to(x.dtype)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """`W T`: its rows are T^t applied to the rows of W."""
+        return self.inverse(weight)
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """T as a dense [size, size] matrix."""
         return self.inverse(torch.eye(self.size, dtype=torch.float64)).to(dtype)
 
     def spec(self) -> dict[str, Any]:
-        return {"kind": "hadamard", "size": self.size, "seed": self.seed}
+        return {"kind": self.kind, "size": self.size, "seed": self.seed}
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Rotation:
-        """Raises CheckpointError if this is not a rotation's spec."""
+    def from_state(cls, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Rotation:
+        """Raises CheckpointError if this is not a rotation's spec, or there are buffers."""
         size, seed = spec.get("size"), spec.get("seed")
-        if spec.get("kind") != "hadamard" or type(size) is not int or not (seed is None or type(seed) is int):
+        if state or spec.get("kind") != cls.kind or type(size) is not int or not (seed is None or type(seed) is int):
             raise CheckpointError(f"no rotation can be read from {dict(spec)!r}.")
         try:
             return cls(size, seed)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec
+from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
 from trimtab.tensors.metric import Metric
 
 VALUE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -101,12 +101,21 @@ class SparseOutliers(Part):
         out = products.new_zeros(flat.shape[0], self.shape[0]).index_add_(1, self.rows(), products)
         return out.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
-    def project(self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None) -> SparseOutliers:
+    @property
+    def code_shape(self) -> None:
+        """Entries have positions, which `project` places, but no codes to choose from."""
+        return None
+
+    def project(
+        self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False
+    ) -> SparseOutliers:
         """As many entries as now, placed at the largest weighted magnitudes of `target`, with its values.
 
-        Positions are the discrete part here. With `subset`, entries outside it stay as they are, and those inside are
-        placed anew inside.
+        Positions are the discrete part here. With `subset` (bool [out, in]), entries outside it stay as they are, and
+        those inside are placed anew inside. `differ` is refused.
         """
+        if differ:
+            raise ConfigError("a sparse part has no codes of which another could be chosen.")
         if tuple(target.shape) != self.shape:
             raise ConfigError(f"target of shape {list(target.shape)} for a sparse part of shape {list(self.shape)}.")
         rows, columns = self.rows(), self.columns.long()
@@ -119,6 +128,17 @@ class SparseOutliers(Part):
             torch.cat([columns[kept], chosen.columns.long()]),
             torch.cat([self.values[kept], chosen.values]),
         )
+
+    def continuous(self) -> dict[str, Tensor]:
+        return {"values": self.values}
+
+    def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
+        values = continuous["values"].float()
+        place = (self.rows(), self.columns.long())
+        return values.new_zeros(self.shape).index_put(place, values)
+
+    def with_continuous(self, continuous: Mapping[str, Tensor]) -> SparseOutliers:
+        return replace(self, values=stored_like(self, continuous)["values"])
 
     def spec(self) -> dict[str, Any]:
         name = str(self.values.dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +20,16 @@ from trimtab.core.files import refuse_occupied
 from trimtab.core.recipe import Recipe
 from trimtab.core.run_record import RunRecord, versions
 from trimtab.models.calibration import CalibrationSet
+from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.counting import ledger_of
 from trimtab.models.info import info_of, tokenizer_of
 from trimtab.models.saving import describe, save
 from trimtab.models.views import LinearView, ModelView
+from trimtab.tensors.metric import Metric
 from trimtab.weights._loop import BlockLoop, Mode
+from trimtab.weights._planning import Planning
 from trimtab.weights._state import State, model_sha256
+from trimtab.weights._tuning import Tuning
 from trimtab.weights.base import WeightMethod
 
 Calibration = CalibrationSet | str | Path
@@ -43,7 +48,7 @@ def compress(
     """Replace the linear layers that `method` targets by compressed ones, in place, and return the same model.
 
     calibration    what statistics are gathered on: a CalibrationSet, or a text file (or text) to make one from; None:
-                   128 sequences of the prose that comes with trimtab. Not read if the method needs no statistics
+                   128 sequences of the prose that comes with trimtab. Not read if the method needs no text
     mode           "sequential": each layer sees inputs that the compressed layers before it produce (five runs of a
                    block, four of them cut short); "dense": inputs of the original model (one run)
     seed           of the choice of calibration sequences and of sampled statistics
@@ -105,7 +110,7 @@ def _compress(
     info = info_of(model)
     recipe = info.recipe.then(recipe) if info.recipe else recipe
     targets = _check_targets(ModelView.of(model), built)
-    chosen = _calibration_set(model, calibration, seed) if built.needs else None
+    chosen = _calibration_set(model, calibration, seed) if built.needs_text else None
     config = {"recipe": recipe.to_dict(), "mode": mode, "calibration": _describe(chosen)}
     record = RunRecord(command="compress", config=config, seed=seed)
     with record.timed("total"):
@@ -114,10 +119,20 @@ def _compress(
             with record.timed("fingerprint"):
                 fingerprint = {**config, "seed": seed, "model": model_sha256(model), "versions": versions()}
                 state = State(state_dir, fingerprint, discard=discard_state)
-        loop = BlockLoop(model, built, targets, chosen, mode, seed, state, record)
+        with record.timed("prepare"):
+            linears = tuple(linear for linear in ModelView.of(model).linears if linear.name in targets)
+            directory = None if state is None else state.path
+            planning = Planning(model, linears, chosen, seed, directory, record, progress)
+            prepared = built.prepare(planning)
+            del linears, planning  # they keep the replaced layers alive
+        teacher = _frozen_copy(model) if prepared.tunes else None
         bar = bars.progress(f"compressing with {built.name()}", len(targets)) if progress else _no_bar()
         with bar as advance:
-            loop.run(advance)
+            BlockLoop(model, prepared, targets, chosen, mode, seed, state, record).run(advance)
+        if teacher is not None:
+            with record.timed("tune"):
+                record.metrics["tuning"] = prepared.tune(Tuning(model, teacher, chosen, seed, record, progress))
+            _measure_again(model, teacher, record)
     record.unchanged = list(_unchanged(model))
     record.ledger = ledger_of(model).to_dict()
     info.recipe, info.record = recipe, record
@@ -172,6 +187,26 @@ def _calibration_set(model: PreTrainedModel, calibration: Calibration | None, se
         return calibration
     context = getattr(model.config, "max_position_embeddings", None)
     return CalibrationSet.from_text(calibration, tokenizer_of(model), context=context, seed=seed)
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is now, in evaluation mode and without gradients."""
+    teacher = copy.deepcopy(model)
+    teacher.train(False)
+    teacher.requires_grad_(False)
+    return teacher
+
+
+def _measure_again(model: PreTrainedModel, teacher: PreTrainedModel, record: RunRecord) -> None:
+    """Replace the errors that were noted before tuning by those of the tuned weights."""
+    original = {linear.name: linear.weight for linear in ModelView.of(teacher).linears}
+    identity = Metric.identity()
+    for entry in record.changed:
+        entry.pop("relative_error", None)
+        if not record.changed_dense:
+            tuned = model.get_submodule(entry["linear"])
+            assert isinstance(tuned, CompressedLinear)
+            entry["relative_weight_error"] = identity.relative_error(original[entry["linear"]], tuned.dequantize())
 
 
 def _describe(calibration: CalibrationSet | None) -> dict[str, Any] | None:

@@ -15,8 +15,9 @@ from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.statistics import Stats
 from trimtab.models.views import BlockView, LinearView, ModelView
 from trimtab.tensors.metric import Metric
-from trimtab.weights._state import Compressed, State
-from trimtab.weights.base import WeightMethod
+from trimtab.weights._block_run import BlockRun
+from trimtab.weights._state import State
+from trimtab.weights.base import BlockMethod, Compressed, CompressedBlock, LinearMethod, WeightMethod
 
 Mode = Literal["sequential", "dense"]
 Advance = Callable[[str], None]
@@ -56,6 +57,8 @@ class BlockLoop:
             through = stream if stream and index < last else None
             if index in finished:
                 self._take_finished(block, through, advance)
+            elif isinstance(self.method, BlockMethod):
+                self._compress_together(self.method, block, stream, through, advance)
             elif self.mode == "dense":
                 self._compress_dense(block, stream, through, advance)
             else:
@@ -66,8 +69,31 @@ class BlockLoop:
         done = self.state.load_block(block.index)
         if self.mode == "dense":
             self._advance(through, block)  # the others are to see the original block's output
-        for linear in self._targeted(block.linears):
-            self._install(linear, done[linear.name], advance)
+        self._install_all(block, done, advance)
+        if self.mode == "sequential":
+            self._advance(through, block)
+
+    def _compress_together(
+        self,
+        method: BlockMethod,
+        block: BlockView,
+        stream: BlockStream | None,
+        through: BlockStream | None,
+        advance: Advance,
+    ) -> None:
+        assert stream is not None, f"{method.name()} is a BlockMethod, which always reads text"
+        linears = self._targeted(block.linears)
+        weights = {linear.name: linear.weight.clone() for linear in linears}  # a method may fold scales into them
+        run = BlockRun(ModelView.of(self.model), block, stream, self.seed)
+        stats = self._gather(stream, block, linears)
+        with self.record.timed("solve"):
+            made = method.compress_block(block, linears, stats, run)
+        noted = {linear.name: _with_errors(made.linears[linear.name], weights[linear.name], None) for linear in linears}
+        done = CompressedBlock(noted, made.dense)
+        if self.mode == "dense":
+            self._advance(through, block)
+        self._install_all(block, done, advance)
+        self._save(block, done)
         if self.mode == "sequential":
             self._advance(through, block)
 
@@ -76,9 +102,8 @@ class BlockLoop:
     ) -> None:
         linears = self._targeted(block.linears)
         stats = self._gather(stream, block, linears, advance=through is not None)
-        done = {linear.name: self._compress(linear, stats.get(linear.site)) for linear in linears}
-        for linear in linears:
-            self._install(linear, done[linear.name], advance)
+        done = CompressedBlock({linear.name: self._compress(linear, stats.get(linear.site)) for linear in linears})
+        self._install_all(block, done, advance)
         self._save(block, done)
 
     def _compress_sequential(
@@ -91,7 +116,7 @@ class BlockLoop:
             for linear in linears:
                 done[linear.name] = self._compress(linear, stats.get(linear.site))
                 self._install(linear, done[linear.name], advance)
-        self._save(block, done)
+        self._save(block, CompressedBlock(done))
         self._advance(through, block)
 
     def _targeted(self, linears: Sequence[LinearView]) -> list[LinearView]:
@@ -111,14 +136,18 @@ class BlockLoop:
                 stream.advance(block)
 
     def _compress(self, linear: LinearView, stats: Stats | None) -> Compressed:
+        assert isinstance(self.method, LinearMethod)
         with self.record.timed("solve"):
             tensor, notes = self.method.compress(linear, stats)
-        weight, result = linear.weight, tensor.dequantize()
-        errors = {"relative_weight_error": Metric.identity().relative_error(weight, result)}
-        if stats is not None and stats.gram is not None:
-            metric = Metric.gram(stats.gram.to(weight.device), name=stats.site)
-            errors["relative_error"] = metric.relative_error(weight, result)
-        return Compressed(tensor, {**errors, **notes})
+        return _with_errors(Compressed(tensor, notes), linear.weight, stats)
+
+    def _install_all(self, block: BlockView, done: CompressedBlock, advance: Advance) -> None:
+        for linear in self._targeted(block.linears):
+            self._install(linear, done.linears[linear.name], advance)
+        for name, values in done.dense.items():
+            parameter = self.model.get_parameter(name)
+            parameter.data.copy_(values)
+            self.record.changed_dense.append(name)
 
     def _install(self, linear: LinearView, done: Compressed, advance: Advance) -> None:
         bias = linear.module.bias
@@ -128,9 +157,19 @@ class BlockLoop:
         self.record.changed.append(_entry(linear, done))
         advance(linear.name)
 
-    def _save(self, block: BlockView, done: dict[str, Compressed]) -> None:
-        if self.state and done:
+    def _save(self, block: BlockView, done: CompressedBlock) -> None:
+        if self.state and done.linears:
             self.state.save_block(block.index, done)
+
+
+def _with_errors(done: Compressed, weight: torch.Tensor, stats: Stats | None) -> Compressed:
+    """`done` with the errors that are reported of every linear."""
+    result = done.tensor.dequantize()
+    errors = {"relative_weight_error": Metric.identity().relative_error(weight, result)}
+    if stats is not None and stats.gram is not None:
+        metric = Metric.gram(stats.gram.to(weight.device), name=stats.site)
+        errors["relative_error"] = metric.relative_error(weight, result)
+    return Compressed(done.tensor, {**errors, **done.notes})
 
 
 def _entry(linear: LinearView, done: Compressed) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,17 @@ from transformers import PreTrainedModel
 from trimtab.core.errors import CheckpointError
 from trimtab.core.files import atomic_directory, sha256_file, write_text_atomically
 from trimtab.tensors.compressed import CompressedTensor
+from trimtab.weights.base import Compressed, CompressedBlock
 
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Compressed:
-    """The new weight of one linear and what was noted about it."""
-
-    tensor: CompressedTensor
-    notes: Mapping[str, Any]
+STATE_VERSION = 2
 
 
 class State:
     """Finished blocks in a directory: `run.json`, then `block-0000/`, ... each written whole or not at all.
 
-    A block directory holds `tensors.safetensors` (keys `<linear>:<buffer>`) and `block.json` (spec and notes of each
-    linear, and the hash of the tensors). `run.json` says which run it is: recipe, model, calibration, seed, mode and
-    versions.
+    A block directory holds `tensors.safetensors` (keys `<linear>:<buffer>`, and the names of dense parameters that
+    changed with them) and `block.json` (spec and notes of each linear, and the hash
+    of the tensors). `run.json` says which run it is: recipe, model, calibration, seed, mode and versions.
     """
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], *, discard: bool = False) -> None:
@@ -76,16 +68,17 @@ class State:
                     "begin anew."
                 )
 
-    def save_block(self, index: int, linears: Mapping[str, Compressed]) -> None:
+    def save_block(self, index: int, block: CompressedBlock) -> None:
         """Write a finished block. Raises OutputError; what was finished before stays."""
         tensors = {
             f"{name}:{key}": value.cpu().contiguous()
-            for name, done in linears.items()
+            for name, done in block.linears.items()
             for key, value in done.tensor.state().items()
         }
+        tensors |= {name: value.detach().cpu().contiguous() for name, value in block.dense.items()}
         with atomic_directory(self._block(index), force=True) as directory:
             save_file(tensors, directory / "tensors.safetensors")
-            entries = {n: {"spec": done.tensor.spec(), "notes": dict(done.notes)} for n, done in linears.items()}
+            entries = {n: {"spec": done.tensor.spec(), "notes": dict(done.notes)} for n, done in block.linears.items()}
             digest = sha256_file(directory / "tensors.safetensors")
             content = json.dumps({"sha256": digest, "linears": entries}, indent=2)
             (directory / "block.json").write_text(content, encoding="utf-8")
@@ -93,21 +86,26 @@ class State:
     def has_block(self, index: int) -> bool:
         return self._block(index).exists()
 
-    def load_block(self, index: int) -> dict[str, Compressed]:
-        """A finished block by linear. Raises CheckpointError if its files are damaged."""
+    def load_block(self, index: int) -> CompressedBlock:
+        """A finished block. Raises CheckpointError if its files are damaged."""
         directory = self._block(index)
         try:
             content = json.loads((directory / "block.json").read_text(encoding="utf-8"))
             if sha256_file(directory / "tensors.safetensors") != content["sha256"]:
                 raise CheckpointError("the checksum of tensors.safetensors does not match")
             grouped: dict[str, dict[str, torch.Tensor]] = {name: {} for name in content["linears"]}
+            dense: dict[str, torch.Tensor] = {}
             for key, value in load_file(directory / "tensors.safetensors").items():
-                name, _, buffer = key.rpartition(":")
-                grouped[name][buffer] = value
-            return {
+                name, colon, buffer = key.rpartition(":")
+                if colon:
+                    grouped[name][buffer] = value
+                else:
+                    dense[key] = value
+            linears = {
                 name: Compressed(CompressedTensor.from_state(entry["spec"], grouped[name]), entry["notes"])
                 for name, entry in content["linears"].items()
             }
+            return CompressedBlock(linears, dense)
         except (OSError, ValueError, KeyError, SafetensorError, CheckpointError) as error:
             raise CheckpointError(
                 f"finished block {directory} is damaged ({error}). Remove it to compute the block again."

@@ -1,4 +1,9 @@
-"""The contract of the weights room: one linear layer and its statistics in, a compressed tensor out.
+"""The contract of the weights room: a linear layer, or a block of them, and statistics in; compressed tensors out.
+
+    WeightMethod    what all have: targets, statistics, checks; `prepare` before the first block, `tune` after the last
+    LinearMethod    compresses one linear at a time
+    BlockMethod     compresses the linears of one block together, because it folds scales into norms or measures the
+                    output of the whole attention or MLP
 
 A method never moves data, hooks modules or reads files: `trimtab.weights.compress` does, for all methods alike.
 """
@@ -6,20 +11,46 @@ A method never moves data, hooks modules or reads files: `trimtab.weights.compre
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from trimtab.core.method import Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trimtab.core.recipe import Step
     from trimtab.models.statistics import Need, Stats
-    from trimtab.models.views import LinearView
+    from trimtab.models.views import BlockView, LinearView
     from trimtab.tensors.compressed import CompressedTensor
+    from trimtab.weights._block_run import BlockRun
+    from trimtab.weights._planning import Planning
+    from trimtab.weights._tuning import Tuning
 
 Notes = dict[str, float | str]
 """What a method reports of one linear, for the run record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The new weight of one linear and what was noted about it."""
+
+    tensor: CompressedTensor
+    notes: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedBlock:
+    """What a BlockMethod makes of one block.
+
+    linears    name -> compressed weight, for each targeted linear of the block
+    dense      name of a parameter of the model, such as `model.layers.0.input_layernorm.weight` -> its new values, in
+               the shape of the parameter
+    """
+
+    linears: Mapping[str, Compressed]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +58,7 @@ class WeightMethod(Method):
     """A *representation* method: replaces each targeted linear's weight by a compressed tensor.
 
     targets    shell patterns over linear names or roles; the default takes every linear of every block
-               (embeddings, norms and the output head are never touched)
+               (embeddings, norms and the output head are never replaced)
     """
 
     room: ClassVar[str] = "weights"
@@ -36,16 +67,18 @@ class WeightMethod(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Statistics of the input that `compress` wants with these options; empty if it uses no data."""
+        """Statistics of the inputs that this method wants with these options; empty if it uses none."""
         return frozenset()
 
-    @abstractmethod
-    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, Notes]:
-        """The compressed weight of `linear` and notes for the run record (damping used, fallback taken, ...).
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is read at all: for statistics, or by `prepare` or `tune`."""
+        return bool(self.needs)
 
-        `stats` is None exactly if `needs` is empty. All arithmetic in float32 or wider. Must be deterministic.
-        The room adds the errors that every method reports: see `trimtab.weights._compress`.
-        """
+    @property
+    def tunes(self) -> bool:
+        """Whether `tune` does anything with these options; the original model is then kept until the end."""
+        return False
 
     @abstractmethod
     def check_linear(self, linear: LinearView) -> None:
@@ -56,9 +89,45 @@ class WeightMethod(Method):
         for linear in linears:
             self.check_linear(linear)
 
+    def prepare(self, planning: Planning) -> WeightMethod:
+        """Called once, after the checks and before the first block: the method that compresses, with everything that
+        has to be known of the whole model (a configuration per matrix, say). The default is the method itself."""
+        return self
+
+    def tune(self, tuning: Tuning) -> Notes:
+        """Called once, after the last block, if `tunes`: change the compressed tensors of the model together."""
+        raise NotImplementedError(f"{type(self).__name__} sets `tunes` and has no `tune`")
+
     @classmethod
     def refuses_after(cls, earlier: Sequence[Step]) -> str | None:
         taken = [step.method for step in earlier if step.room == "weights"]
         if taken:
             return f"the linear layers are already compressed by '{taken[-1]}'. Use one of the two."
         return None
+
+
+class LinearMethod(WeightMethod):
+    """A method that compresses one linear at a time."""
+
+    @abstractmethod
+    def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, Notes]:
+        """The compressed weight of `linear` and notes for the run record (damping used, fallback taken, ...).
+
+        `stats` is None exactly if `needs` is empty. All arithmetic in float32 or wider. Must be deterministic.
+        The room adds the errors that every method reports: see `trimtab.weights._compress`.
+        """
+
+
+class BlockMethod(WeightMethod):
+    """A method that compresses the linears of one block together."""
+
+    @abstractmethod
+    def compress_block(
+        self, block: BlockView, linears: Sequence[LinearView], stats: Mapping[str, Stats], run: BlockRun
+    ) -> CompressedBlock:
+        """All of `linears`, the targeted ones of `block`, and the dense parameters that change with them.
+
+        `stats` is site -> the statistics in `needs`, of the block as it is before it is compressed. `run` runs modules
+        of the block on calibration text. Whatever is changed in the block meanwhile is the method's to put back: the
+        room installs the result. Arithmetic, determinism and errors as in LinearMethod.
+        """

@@ -42,7 +42,7 @@ from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid, column_codes, column_values, quantize_codes
 from trimtab.tensors.metric import Metric
 from trimtab.weights._grid import GridMethod
-from trimtab.weights.base import Notes
+from trimtab.weights.base import LinearMethod, Notes
 
 if TYPE_CHECKING:
     from trimtab.models.statistics import Need, Stats
@@ -52,7 +52,7 @@ __all__ = ["Gptq"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(GridMethod):
+class Gptq(GridMethod, LinearMethod):
     """GPTQ on the grids of GridMethod, with its options and:
 
     percdamp         added to the diagonal of H, as a share of its mean

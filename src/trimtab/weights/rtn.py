@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid, quantize_codes
 from trimtab.weights._grid import GridMethod
-from trimtab.weights.base import Notes
+from trimtab.weights.base import LinearMethod, Notes
 
 if TYPE_CHECKING:
     from trimtab.models.statistics import Need, Stats
@@ -36,7 +36,7 @@ __all__ = ["Rtn"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rtn(GridMethod):
+class Rtn(GridMethod, LinearMethod):
     """Round to nearest. Options: see GridMethod."""
 
     @property

@@ -90,7 +90,7 @@ def calibration_of(model: Any, recipe: Recipe, text: Path | None, sequences: int
     from trimtab.models import tokenizer_of
     from trimtab.models.calibration_set import CalibrationSet
 
-    if not any(getattr(step, "needs", None) for step in recipe.methods()):
+    if not any(getattr(step, "needs_text", False) for step in recipe.methods()):
         return None
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return CalibrationSet.from_text(
