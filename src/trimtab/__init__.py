@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trimtab.core.recipe import Recipe as Recipe
     from trimtab.evaluation import evaluate as evaluate
     from trimtab.models import ModelView as ModelView
+    from trimtab.models import export as export
     from trimtab.models import load as load
     from trimtab.models import save as save
     from trimtab.weights import compress as compress
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "load": "models",
         "save": "models",
+        "export": "models",
         "ModelView": "models",
         "compress": "weights",
         "evaluate": "evaluation",

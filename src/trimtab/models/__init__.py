@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trimtab.models.calibration_set import CalibrationSet as CalibrationSet
     from trimtab.models.compressed_linear import CompressedLinear as CompressedLinear
     from trimtab.models.counting import ledger_of as ledger_of
+    from trimtab.models.exports import export as export
     from trimtab.models.info import ModelInfo as ModelInfo
     from trimtab.models.info import info_of as info_of
     from trimtab.models.info import tokenizer_of as tokenizer_of
@@ -23,6 +24,7 @@ __all__ = [
     "CompressedLinear",
     "ModelInfo",
     "ModelView",
+    "export",
     "info_of",
     "ledger_of",
     "load",
@@ -38,6 +40,7 @@ __getattr__, __dir__ = lazy_exports(
         "CompressedLinear": "compressed_linear",
         "ModelInfo": "info",
         "ModelView": "views",
+        "export": "exports",
         "info_of": "info",
         "ledger_of": "counting",
         "load": "loading",

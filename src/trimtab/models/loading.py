@@ -20,6 +20,7 @@ import trimtab
 from trimtab.core.errors import CheckpointError, ConfigError, TrimtabError, did_you_mean
 from trimtab.models.checkpoint import MANIFEST, check_tensors, read_headers, read_json, read_manifest, weight_files
 from trimtab.models.fitted_caches import read_fitted
+from trimtab.models.imports import foreign_method, load_foreign
 from trimtab.models.info import ModelInfo, attach, find_tokenizer, info_from_manifest, uncompressed_bytes
 from trimtab.models.registration import register
 from trimtab.models.saving import LARGE_BYTES, quiet
@@ -36,7 +37,8 @@ def load(
     """A causal language model in evaluation mode, with a ModelInfo as its attribute `trimtab`.
 
     source   `ref` or `ref-mini` (shipped with trimtab; a directory of that name is `./ref`), a local directory, which
-             may be a trimtab checkpoint, or a Hugging Face id `owner/name`, from the local cache if it is there
+             may be a trimtab checkpoint, or a Hugging Face id `owner/name`, from the local cache if it is there;
+             layers of GPTQ and of compressed-tensors `pack-quantized` checkpoints become our grids, code by code
     dtype    of the uncompressed tensors; the default is the checkpoint's. Compressed layers keep their stored dtypes.
     device   where to put it; the default is the CPU
 
@@ -143,9 +145,14 @@ def _from_pretrained(
     }
     if device is not None:
         options["device_map"] = {"": device}
+    method = foreign_method(read_json(directory / "config.json"))
     large = sum(file.stat().st_size for file in weight_files(directory)) > LARGE_BYTES
     with quiet(large=large), _no_reports():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(directory, **options)  # type: ignore[assignment]
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = (
+            load_foreign(directory, method, options)
+            if method
+            else AutoModelForCausalLM.from_pretrained(directory, **options)  # type: ignore[assignment]
+        )
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
