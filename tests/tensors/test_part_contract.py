@@ -11,13 +11,17 @@ from torch import Tensor
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
 from trimtab.tensors import (
     ActivationGrid,
+    BinaryBases,
     Chain,
     CompressedTensor,
     GridFormat,
     GroupGrid,
+    LevelTable,
+    NestedFormat,
     Part,
     Rotation,
     SparseOutliers,
+    TableFormat,
     svd,
 )
 
@@ -28,10 +32,23 @@ def _grid(bits: int = 3, **options: object) -> GroupGrid:
     return GroupGrid.quantize(WEIGHT, GridFormat(bits=bits, group_size=16, **options))  # type: ignore[arg-type]
 
 
+def _alphas() -> Tensor:
+    return torch.tensor([0.8, 0.42, 0.23], dtype=torch.float16)[:, None].repeat(1, 6)
+
+
 PARTS: dict[str, Callable[[], Part]] = {
     "grid": lambda: _grid(),
     "grid-asymmetric": lambda: _grid(symmetric=False),
     "grid-fractional": lambda: _grid(symmetric=False, zero_dtype="float16"),
+    "table": lambda: LevelTable.quantize(WEIGHT, TableFormat(bits=3, group_size=16)),
+    "table-nested": lambda: LevelTable.quantize(
+        WEIGHT, TableFormat(group_size=8, nested=NestedFormat(bits=4, block_size=5, dtype="float16"))
+    ),
+    "table-stored": lambda: LevelTable.quantize(
+        WEIGHT, TableFormat(bits=2, group_size=16, levels="stored"), torch.tensor([-1.0, 0.3, -0.2, 1.0])
+    ),
+    "binary": lambda: BinaryBases.nearest(WEIGHT, _alphas()),
+    "binary-constant": lambda: BinaryBases.nearest(WEIGHT, _alphas(), torch.full((6,), 0.1, dtype=torch.float16)),
     "low_rank": lambda: svd(WEIGHT, 2, dtype=torch.float16),
     "sparse": lambda: SparseOutliers.select(WEIGHT, 0.1),
 }

@@ -12,6 +12,7 @@ from trimtab.core.lazy import lazy_exports
 if TYPE_CHECKING:
     from trimtab.tensors.activations import ActivationGrid as ActivationGrid
     from trimtab.tensors.base import Part as Part
+    from trimtab.tensors.binary import BinaryBases as BinaryBases
     from trimtab.tensors.compressed import CompressedTensor as CompressedTensor
     from trimtab.tensors.grid import ClipSearch as ClipSearch
     from trimtab.tensors.grid import GridFormat as GridFormat
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from trimtab.tensors.low_rank import LowRank as LowRank
     from trimtab.tensors.low_rank import svd as svd
     from trimtab.tensors.metric import Metric as Metric
+    from trimtab.tensors.nested_scales import NestedFormat as NestedFormat
     from trimtab.tensors.rotation import Rotation as Rotation
     from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
+    from trimtab.tensors.table import LevelTable as LevelTable
+    from trimtab.tensors.table import TableFormat as TableFormat
     from trimtab.tensors.transform import Chain as Chain
     from trimtab.tensors.transform import Transform as Transform
 
@@ -29,6 +33,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "ActivationGrid": "activations",
         "Part": "base",
+        "BinaryBases": "binary",
         "CompressedTensor": "compressed",
         "ClipSearch": "grid",
         "GridFormat": "grid",
@@ -36,8 +41,11 @@ __getattr__, __dir__ = lazy_exports(
         "LowRank": "low_rank",
         "svd": "low_rank",
         "Metric": "metric",
+        "NestedFormat": "nested_scales",
         "Rotation": "rotation",
         "SparseOutliers": "sparse",
+        "LevelTable": "table",
+        "TableFormat": "table",
         "Chain": "transform",
         "Transform": "transform",
     },

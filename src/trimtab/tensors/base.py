@@ -22,7 +22,7 @@ from trimtab.core.errors import CheckpointError, NumericsError, did_you_mean
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
 
-_PART_MODULES = ("grid", "low_rank", "sparse")
+_PART_MODULES = ("grid", "low_rank", "sparse", "table")
 PART_KINDS: dict[str, type[Part]] = {}
 """kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 
