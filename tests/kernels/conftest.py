@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from trimtab.kernels.grid_matmul import GridWeight
 from trimtab.kernels.packing import pack
+
+KINDS = ("symmetric", "zeros", "fractional", "levels", "row_levels")
+"""What codes mean: less 2^(bits-1); less whole or fractional zero points; indices of levels of all rows or per row."""
 
 
 @dataclass
 class Grid:
     codes: Tensor
-    packed: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    options: dict[str, int]
+    given: GridWeight
 
     def weight(self) -> Tensor:
         """float64 [out, in], from the codes, by the definition."""
-        length = self.options["in_features"] // self.scales.shape[1]
-        zeros = 2 ** (self.options["bits"] - 1) if self.zeros is None else self.zeros.repeat_interleave(length, 1)
-        return (self.codes.double() - zeros) * self.scales.double().repeat_interleave(length, 1)
-
-    def arguments(self) -> tuple[Any, ...]:
-        return self.packed, self.scales, self.zeros
+        given, rows = self.given, torch.arange(self.codes.shape[0])[:, None]
+        length = given.in_features // given.scales.shape[1]
+        if given.levels is not None:
+            levels = given.levels.double().expand(self.codes.shape[0], -1)
+            numbers = levels[rows, self.codes.long()]
+        elif given.zeros is not None:
+            numbers = self.codes.double() - given.zeros.double().repeat_interleave(length, 1)
+        else:
+            numbers = self.codes.double() - 2 ** (given.bits - 1)
+        return numbers * given.scales.double().repeat_interleave(length, 1)
 
 
 def make_grid(
@@ -35,18 +39,27 @@ def make_grid(
     width: int,
     bits: int,
     group_size: int,
+    kind: str = "symmetric",
     *,
-    symmetric: bool = True,
     scale_dtype: torch.dtype = torch.float16,
+    zero_dtype: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> Grid:
+    """`zero_dtype` is of fractional zero points. Levels are numbers of bfloat16, to which a kernel may round them."""
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if group_size == -1 else width // group_size
     codes = torch.randint(0, 2**bits, (out, width), dtype=torch.uint8, generator=generator)
     scales = (torch.rand(out, groups, generator=generator) + 0.1).to(scale_dtype)
-    zeros = None if symmetric else torch.randint(0, 2**bits, (out, groups), dtype=torch.uint8, generator=generator)
-    options = {"bits": bits, "group_size": group_size, "in_features": width}
-    return Grid(codes, pack(codes, bits), scales, zeros, options)
+    zeros = levels = None
+    if kind == "zeros":
+        zeros = torch.randint(0, 2**bits, (out, groups), dtype=torch.uint8, generator=generator)
+    elif kind == "fractional":
+        zeros = (torch.rand(out, groups, generator=generator) * (2**bits + 1) - 1).to(zero_dtype)
+    elif kind == "levels":
+        levels = torch.randn(2**bits, generator=generator).bfloat16().float()
+    elif kind == "row_levels":
+        levels = torch.randn(out, 2**bits, generator=generator).bfloat16().float()
+    return Grid(codes, GridWeight(pack(codes, bits), scales, zeros, bits, group_size, width, levels))
 
 
 def inputs(rows: int, width: int, dtype: torch.dtype, seed: int = 1) -> Tensor:

@@ -42,11 +42,11 @@ def test_half_linear_entries(small: bench.Shape, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_speed_when_parity_is_red(small: bench.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bench.grid_matmul
-    monkeypatch.setattr(bench, "grid_matmul", lambda *a, **k: right(*a, **k) * 1.01)
+    right = bench.grid_matmul_many
+    monkeypatch.setattr(bench, "grid_matmul_many", lambda *a: (right(*a)[0] * 1.01,))
     with pytest.raises(NumericsError, match="speed is not reported"):
         bench.grid_matmul_bench([small], [4])
-    monkeypatch.setattr(bench, "grid_matmul", lambda *a, **k: right(*a, **k) * float("nan"))
+    monkeypatch.setattr(bench, "grid_matmul_many", lambda *a: (right(*a)[0] * float("nan"),))
     with pytest.raises(NumericsError):
         bench.grid_matmul_bench([small], [4])
 

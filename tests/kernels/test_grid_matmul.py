@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.grid_matmul import GRID_MATMUL, grid_matmul, native
 from trimtab.kernels.grid_matmul.reference import dequantize, grid_matmul_reference
 
-from .conftest import Grid, inputs, make_grid, relative_rms
+from .conftest import KINDS, Grid, inputs, make_grid, relative_rms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HERE = library.machine_isas() if library.absent() is None else ()
@@ -26,50 +27,78 @@ needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 SHAPES = [(1, -1), (7, 7), (64, 32), (480, 96), (336, 48), (704, 64), (1000, -1), (1072, 16), (1536, 128), (2048, 512)]
 
 
+CASES = [(bits, kind) for bits in (2, 3, 4, 8) for kind in KINDS if bits < 8 or "levels" not in kind]
+
+
 def exact(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return x.double() @ grid.weight().T
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
+def product(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return native.grid_matmul_native(x, [grid.given])[0]
+
+
+@pytest.mark.parametrize(("bits", "kind"), CASES)
 @pytest.mark.parametrize(("width", "group_size"), [(7, 7), (96, 48), (1000, -1)])
-def test_reference_is_the_definition(bits: int, symmetric: bool, width: int, group_size: int) -> None:
-    grid = make_grid(5, width, bits, group_size, symmetric=symmetric)
+def test_reference_is_the_definition(bits: int, kind: str, width: int, group_size: int) -> None:
+    grid = make_grid(5, width, bits, group_size, kind)
     x = inputs(3, width, torch.float32)
-    weight = dequantize(*grid.arguments(), **grid.options)
-    assert torch.equal(weight, grid.weight().float())
-    found = grid_matmul_reference(x, *grid.arguments(), **grid.options)
-    assert relative_rms(found, exact(x, grid)) < RMS_BOUND[torch.float32]
+    weight = dequantize(grid.given)
+    if kind in ("symmetric", "zeros"):
+        assert torch.equal(weight, grid.weight().float())
+    torch.testing.assert_close(weight.double(), grid.weight(), rtol=3e-7, atol=1e-7)
+    assert relative_rms(grid_matmul_reference(x, [grid.given])[0], exact(x, grid)) < RMS_BOUND[torch.float32]
 
 
 @needs_native
 @pytest.mark.parametrize("isa", library.ISAS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_native_parity(monkeypatch: pytest.MonkeyPatch, isa: str, bits: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(("bits", "kind"), CASES)
+def test_native_parity(monkeypatch: pytest.MonkeyPatch, isa: str, bits: int, kind: str) -> None:
     if isa not in HERE:
         pytest.skip(f"this machine has {', '.join(HERE)}")
     monkeypatch.setenv("TRIMTAB_ISA", isa)
     for width, group_size in SHAPES:
-        grid = make_grid(13, width, bits, group_size, symmetric=symmetric)
-        dense = native.dequantize_native(*grid.arguments(), **grid.options)
-        assert torch.equal(dense, grid.weight().float()), (width, group_size)
-        for rows in (1, 2, 3, 5, 8, 64, 65):
-            for dtype in DTYPES if rows in (1, 3, 8) else DTYPES[:2]:
+        grid = make_grid(13, width, bits, group_size, kind)
+        dense = dequantize(grid.given)
+        for dtype in DTYPES:
+            assert torch.equal(native.dequantize_native(grid.given, dtype), dense.to(dtype)), (width, group_size, dtype)
+        for rows in (1, 2, 3, 5, 8, 24, 64, 65):
+            for dtype in DTYPES if rows in (1, 3, 8, 24) else DTYPES[:2]:
                 x = inputs(rows, width, dtype)
-                found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+                found = product(x, grid)
                 assert found.dtype == dtype
                 error = relative_rms(found, exact(x, grid))
                 assert error <= RMS_BOUND[dtype], (width, group_size, rows, dtype)
 
 
 @needs_native
+def test_every_number_of_rows() -> None:
+    for kind in ("fractional", "row_levels"):
+        grid = make_grid(21, 352, 4, 32, kind)
+        x = inputs(70, 352, torch.bfloat16)
+        for rows in range(1, 71):
+            assert relative_rms(product(x[:rows], grid), exact(x[:rows], grid)) <= RMS_BOUND[torch.bfloat16], rows
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_are_rounded_to_bfloat16_at_most(bits: int) -> None:
+    grid = make_grid(33, 704, bits, 64, "levels")
+    grid = Grid(grid.codes, replace(grid.given, levels=torch.randn(2**bits)))
+    for dtype, step in ((torch.bfloat16, 2**-8), (torch.float32, 2**-21)):
+        x = inputs(5, 704, dtype)
+        bound = 2 * step * (x.double().abs() @ grid.weight().abs().T)
+        assert ((product(x, grid) - exact(x, grid)).abs() <= bound).all(), dtype
+
+
+@needs_native
 @pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("zero_dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_native_scale_dtypes_and_leading_axes(scale_dtype: torch.dtype, rows: int) -> None:
-    grid = make_grid(9, 192, 4, 64, symmetric=False, scale_dtype=scale_dtype)
+def test_native_parameter_dtypes_and_leading_axes(scale_dtype: torch.dtype, zero_dtype: torch.dtype, rows: int) -> None:
+    grid = make_grid(9, 192, 4, 64, "fractional", scale_dtype=scale_dtype, zero_dtype=zero_dtype)
     x = inputs(2 * rows, 192, torch.float32).reshape(2, rows, 192)
-    found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+    found = product(x, grid)
     assert found.shape == (2, rows, 9)
     assert relative_rms(found, exact(x, grid)) <= RMS_BOUND[torch.float32]
 
@@ -82,11 +111,10 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch, isa
         pytest.skip(f"this machine has {', '.join(HERE)}")
     monkeypatch.setenv("TRIMTAB_ISA", isa)
     for bits in (2, 3, 4, 8):
-        grid = make_grid(37, 704, bits, 64, symmetric=False)
-        x = inputs(15, 704, dtype)
-        together = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
-        alone = torch.stack([native.grid_matmul_native(row, *grid.arguments(), **grid.options) for row in x])
-        assert torch.equal(together, alone), bits
+        for kind in ("fractional", "row_levels") if bits < 8 else ("fractional",):
+            grid = make_grid(37, 704, bits, 64, kind)
+            x = inputs(15, 704, dtype)
+            assert torch.equal(product(x, grid), torch.stack([product(row, grid) for row in x])), (bits, kind)
 
 
 @needs_native
@@ -98,7 +126,7 @@ def test_threads_do_not_change_results() -> None:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(native.grid_matmul_native(x, *grid.arguments(), **grid.options))
+            results.append(product(x, grid))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -114,10 +142,10 @@ def test_what_is_not_finite_shows(monkeypatch: pytest.MonkeyPatch, isa: str, bad
     monkeypatch.setenv("TRIMTAB_ISA", isa)
     for width, position in ((1072, 3), (1072, 1071), (40, 39)):
         for dtype in DTYPES[:2]:
-            grid = make_grid(5, width, 3, -1, symmetric=False)
+            grid = make_grid(5, width, 3, -1, "zeros")
             x = inputs(3, width, dtype)
             x[1, position] = bad
-            found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
+            found = product(x, grid)
             assert not torch.isfinite(found[1]).any()
             assert torch.isfinite(found[[0, 2]]).all()
 
@@ -132,11 +160,12 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    for out, rows in ((1, 1), (3, 2), (7, 7), (33, 12), (9, 65)):
-        grid = make_grid(out, 100, 4, -1)
-        x = inputs(rows, 100, torch.float32)
-        found = native.grid_matmul_native(x, *grid.arguments(), **grid.options)
-        assert relative_rms(found, exact(x, grid)) <= RMS_BOUND[torch.float32]
+    for out, rows in ((1, 1), (3, 2), (7, 7), (33, 12), (9, 33), (9, 65)):
+        for kind in ("symmetric", "fractional", "levels"):
+            grid = make_grid(out, 100, 4, -1, kind)
+            for dtype in DTYPES:
+                x = inputs(rows, 100, dtype)
+                assert relative_rms(product(x, grid), exact(x, grid)) <= RMS_BOUND[dtype]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -144,18 +173,17 @@ def test_triton_parity_under_its_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET once."""
     code = """
 import torch
-from conftest import inputs, make_grid, relative_rms
+from conftest import KINDS, inputs, make_grid, relative_rms
 from trimtab.kernels.bench import RMS_BOUND
-from trimtab.kernels.grid_matmul import grid_matmul
+from trimtab.kernels.grid_matmul import grid_matmul_many
 cases = [(7, 7, 1, 2), (96, 48, 3, 3), (704, 64, 1, 4), (704, 64, 9, 3), (1000, -1, 2, 3), (80, 16, 17, 8)]
 for width, group_size, rows, bits in cases:
-    for symmetric in (True, False):
-        grid = make_grid(37, width, bits, group_size, symmetric=symmetric)
-        for dtype in (torch.float32, torch.bfloat16):
-            x = inputs(rows, width, dtype)
-            found = grid_matmul(x, *grid.arguments(), **grid.options)
+    grids = [make_grid(37, width, bits, group_size, kind) for kind in KINDS if bits < 8 or "levels" not in kind]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = inputs(rows, width, dtype)
+        for grid, found in zip(grids, grid_matmul_many(x, [grid.given for grid in grids])):
             error = relative_rms(found, x.double() @ grid.weight().T)
-            assert error <= RMS_BOUND[dtype], (width, group_size, rows, bits, symmetric, dtype, error)
+            assert error <= RMS_BOUND[dtype], (width, group_size, rows, bits, grid.given, dtype, error)
 """
     here = os.path.dirname(__file__)
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRIMTAB_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
@@ -168,9 +196,7 @@ for width, group_size, rows, bits in cases:
 
 
 def _call(**changes: object) -> torch.Tensor:
-    grid = make_grid(4, 64, 4, 32)
-    given = {"x": inputs(1, 64, torch.float32), "packed": grid.packed, "scales": grid.scales, "zeros": None}
-    given |= grid.options | changes
+    given = {"x": inputs(1, 64, torch.float32)} | vars(make_grid(4, 64, 4, 32).given) | changes
     return grid_matmul(**given)  # type: ignore[arg-type]
 
 
@@ -182,7 +208,13 @@ def _call(**changes: object) -> torch.Tensor:
         ({"group_size": 64}, r"scales are \[4, 2\]; .* take \[4, 1\]"),
         ({"bits": 8}, r"take uint8 \[out, 64\]"),
         ({"bits": 5}, "bits=5"),
-        ({"zeros": torch.zeros(4, 2)}, "zeros are torch.float32"),
+        ({"zeros": torch.zeros(4, 2, dtype=torch.int8)}, "zeros are torch.int8"),
+        ({"scales": torch.ones(4, 2, dtype=torch.uint8)}, "scales are torch.uint8"),
+        ({"levels": torch.zeros(8)}, r"levels are torch.float32 \[8\]; 4 bits take float32 \[16\], or \[4, 16\]"),
+        ({"levels": torch.zeros(5, 16)}, r"levels are torch.float32 \[5, 16\]"),
+        ({"levels": torch.zeros(16).half()}, "levels are torch.float16"),
+        ({"levels": torch.zeros(16), "zeros": torch.zeros(4, 2)}, "levels and zeros exclude each other"),
+        ({"levels": torch.zeros(256), "bits": 8, "packed": torch.zeros(4, 64, dtype=torch.uint8)}, "not 8"),
         ({"zeros": torch.zeros(4, 1, dtype=torch.uint8)}, r"zeros are \[4, 1\]"),
     ],
 )

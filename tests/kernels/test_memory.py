@@ -10,22 +10,26 @@ from .guarded import run_guarded
 
 GRID_MATMUL = """
 import itertools
+from dataclasses import replace
 import torch
 from conftest import inputs, make_grid
 from guarded import areas, fenced, fenced_outputs
 from trimtab.kernels.grid_matmul import native
 
-cases = itertools.product((2, 3, 4, 8), ((1, -1), (7, 7), (33, 11), (95, 19), (336, 48), (704, 64), (1000, -1)))
-for bits, (width, group_size) in cases:
-    for rows, out, at_end in ((1, 5, True), (1, 5, False), (3, 9, True), (11, 2, True)):
-        grid = make_grid(out, width, bits, group_size, symmetric=False)
-        arguments = [fenced(tensor, at_end) for tensor in grid.arguments()]
+shapes = ((1, -1), (7, 7), (33, 11), (95, 19), (336, 48), (704, 64), (1000, -1))
+cases = itertools.product((2, 3, 4, 8), shapes, ("fractional", "row_levels"))
+for bits, (width, group_size), kind in cases:
+    if bits == 8 and kind == "row_levels":
+        continue
+    for rows, out, at_end in ((1, 5, True), (1, 5, False), (3, 9, True), (11, 2, True), (66, 3, True)):
+        given = make_grid(out, width, bits, group_size, kind).given
+        given = replace(given, **{name: fenced(tensor, at_end) for name, tensor in given.tensors().items()})
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = fenced(inputs(rows, width, dtype), at_end)
-            plain = native.grid_matmul_native(x, *arguments, **grid.options)
+            (plain,) = native.grid_matmul_native(x, [given])
             with fenced_outputs(at_end):
-                assert torch.equal(native.grid_matmul_native(x, *arguments, **grid.options), plain)
-                native.dequantize_native(*arguments, **grid.options, dtype=dtype)
+                assert torch.equal(native.grid_matmul_native(x, [given])[0], plain)
+                native.dequantize_native(given, dtype)
         areas.clear()
 """
 

@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from trimtab.core.errors import ConfigError, NumericsError, did_you_mean
 from trimtab.core.files import write_text_atomically
 from trimtab.core.run_record import machine, versions
 from trimtab.kernels.bandwidth import read_bandwidth_gbps
-from trimtab.kernels.grid_matmul import grid_matmul
+from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
 from trimtab.kernels.half_linear import half_linear
 from trimtab.kernels.half_linear.reference import half_linear_reference
@@ -92,16 +92,16 @@ def _grid_calls(shape: Shape, bits: int, x: Tensor) -> tuple[list[Callable[[], T
     row = packed_bytes(shape.in_features, bits)
     groups = shape.in_features // shape.group_size
     nbytes = shape.out_features * (row + 2 * groups)
-    options = {"bits": bits, "group_size": shape.group_size, "in_features": shape.in_features}
     calls: list[Callable[[], Tensor]] = []
     for _ in range(max(2, -(-shape.traffic_bytes // nbytes))):
         packed = torch.randint(0, 256, (shape.out_features, row), dtype=torch.uint8, generator=generator)
         scales = (torch.rand(shape.out_features, groups, generator=generator) + 0.5).half()
+        weight = GridWeight(packed, scales, None, bits, shape.group_size, shape.in_features)
         if not calls:
             part = slice(0, _CHECKED_ROWS)
-            expected = grid_matmul_reference(x.float(), packed[part], scales[part], None, **options)
-            _demand_parity(grid_matmul(x, packed, scales, None, **options)[:, part], expected, f"grid-{bits}")
-        calls.append(lambda p=packed, s=scales: grid_matmul(x, p, s, None, **options))  # type: ignore[misc]
+            (expected,) = grid_matmul_reference(x.float(), [replace(weight, packed=packed[part], scales=scales[part])])
+            _demand_parity(grid_matmul_many(x, [weight])[0][:, part], expected, f"grid-{bits}")
+        calls.append(lambda w=weight: grid_matmul_many(x, [w])[0])  # type: ignore[misc]
     return calls, nbytes
 
 

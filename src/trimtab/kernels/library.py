@@ -16,27 +16,33 @@ from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
 
 log = logging.getLogger("trimtab.kernels")
 
-ABI = 1
+ABI = 2
 """TT_ABI of native/api.h."""
 ISA_VARIABLE = "TRIMTAB_ISA"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 """Slowest first; the index is the library's number."""
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ZERO_DTYPES = DTYPES | {torch.uint8: 3}
+"""What zero points may be."""
 _BEST = -1
 _FILE = "libtrimtab_kernels.so"
 
 
-class GridProblem(ctypes.Structure):
-    """tt_grid_problem of native/api.h."""
+class GridWeightStruct(ctypes.Structure):
+    """tt_grid_weight of native/api.h."""
 
     _fields_ = (
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("level_step", ctypes.c_int64),
         ("bits", ctypes.c_int32),
-        ("x_dtype", ctypes.c_int32),
         ("scale_dtype", ctypes.c_int32),
-        ("isa", ctypes.c_int32),
+        ("zero_dtype", ctypes.c_int32),
     )
 
 
@@ -62,8 +68,8 @@ def _declare(library: ctypes.CDLL) -> None:
     signatures: dict[str, tuple[object, tuple[object, ...]]] = {
         "tt_openmp": (i32, ()),
         "tt_has_isa": (i32, (i32,)),
-        "tt_grid_matmul": (i32, (pointer, pointer, pointer, pointer, pointer, pointer, i64, i32)),
-        "tt_grid_dequantize": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_grid_matmul": (i32, (pointer, i64, pointer, pointer, i64, i32, i32, i32)),
+        "tt_grid_dequantize": (i32, (pointer, i64, i64, pointer, i32, i32, i32)),
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_kv_attention": (i32, (pointer, pointer, pointer, pointer, i32)),
         "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),

@@ -1,20 +1,20 @@
-"""Multiply by a weight stored as packed codes with group scales: `x @ W^T` with `W = scale * (code - zero)`."""
+"""Multiply by weights stored as packed codes with group scales: `x @ W^T` with `W = scale * (code - zero)`, or with a
+level looked up for each code."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul import native, triton
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
+from trimtab.kernels.grid_matmul.weight import GridWeight
 from trimtab.kernels.op import Backend, KernelOp
-from trimtab.kernels.packing import packed_bytes
 
-__all__ = ["GRID_MATMUL", "grid_matmul"]
+__all__ = ["GRID_MATMUL", "GridWeight", "grid_matmul", "grid_matmul_many"]
 
 GRID_MATMUL = KernelOp(
     "grid_matmul",
@@ -35,63 +35,27 @@ def grid_matmul(
     bits: int,
     group_size: int,
     in_features: int,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """x [..., in] -> x @ W^T [..., out] in the dtype of x.
-
-    x           float32, bfloat16 or float16
-    packed      uint8 [out, packed_bytes(in, bits)], the layout of kernels/packing.py
-    scales      [out, groups]; float16, bfloat16 or float32
-    zeros       uint8 [out, groups] in code units; None: 2^(bits-1) for all
-    group_size  weights along `in` that share a scale, a divisor of in_features; -1: the whole row
+    """x [..., in] -> x @ W^T [..., out] in the dtype of x, float32, bfloat16 or float16; the rest as in GridWeight.
 
     Sums are float32. An x with NaN or infinity gives rows that are not finite. Native kernels are fastest for groups of
-    whole multiples of 32 or one group per row. Raises ConfigError for shapes and dtypes that do not fit each other,
+    whole multiples of 32 or one group per row. With bfloat16 inputs, levels may be rounded to bfloat16 once (the native
+    kernel does on a processor with AVX-512 BF16), and whole weights may be rounded to the dtype of x if x has more rows
+    than the packed product pays for. Raises ConfigError for shapes and dtypes that do not fit each other,
     KernelUnavailable if the environment demands a backend that cannot run this.
     """
-    _check(
-        x.shape[-1:],
-        packed.shape,
-        scales.shape,
-        None if zeros is None else zeros.shape,
-        packed.dtype,
-        None if zeros is None else zeros.dtype,
-        bits,
-        group_size,
-        in_features,
-    )
-    return GRID_MATMUL(x, packed, scales, zeros, bits=bits, group_size=group_size, in_features=in_features)
+    return grid_matmul_many(x, (GridWeight(packed, scales, zeros, bits, group_size, in_features, levels),))[0]
 
 
-@functools.lru_cache(maxsize=4096)  # a model asks about few shapes, and asks for every token
-def _check(
-    last: torch.Size,
-    packed: torch.Size,
-    scales: torch.Size,
-    zeros: torch.Size | None,
-    packed_dtype: torch.dtype,
-    zeros_dtype: torch.dtype | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-) -> None:
-    length = packed_bytes(in_features, bits)
-    if tuple(last) != (in_features,):
-        raise ConfigError(f"x ends in {list(last)}, but the weight has in_features={in_features}.")
-    if len(packed) != 2 or packed[1] != length or packed_dtype != torch.uint8:
-        raise ConfigError(
-            f"packed codes are {packed_dtype} {list(packed)}; {in_features} inputs at {bits} bits take "
-            f"uint8 [out, {length}]."
-        )
-    group = in_features if group_size == -1 else group_size
-    if group < 1 or in_features % group:
-        raise ConfigError(
-            f"group_size={group_size} does not divide in_features={in_features}; -1 is one group per row."
-        )
-    wanted = (packed[0], in_features // group)
-    for name, shape in (("scales", scales), ("zeros", zeros)):
-        if shape is not None and tuple(shape) != wanted:
-            raise ConfigError(
-                f"{name} are {list(shape)}; groups of {group_size} over {in_features} take {list(wanted)}."
-            )
-    if zeros_dtype not in (None, torch.uint8):
-        raise ConfigError(f"zeros are {zeros_dtype}; zero points are uint8 in code units.")
+def grid_matmul_many(x: Tensor, weights: Sequence[GridWeight]) -> tuple[Tensor, ...]:
+    """The product of x with each weight, all with the in_features of x: what `grid_matmul` gives for each, in one call.
+
+    The native kernel shares out the rows of all weights at once, which saves the start of the threads; its results may
+    be views of one tensor. Errors as in `grid_matmul`.
+    """
+    if not weights:
+        raise ConfigError("no weights to multiply by; give at least one.")
+    for weight in weights:
+        weight.check(x)
+    return GRID_MATMUL(x, weights)

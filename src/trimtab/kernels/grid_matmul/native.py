@@ -1,21 +1,23 @@
 """The C++ kernels of native/ on CPU tensors, through ctypes.
 
-bfloat16 inputs are multiplied exactly where the processor has AVX-512 BF16. In every other case inputs and weights are
-float32, the weights rounded once as in the reference. All sums are float32. Rows of a batch do not influence each
-other and neither does the number of threads, up to MAX_ROWS rows; with more rows the weight is written out block by
-block, in the dtype of x, and multiplied by torch, because then arithmetic and not memory is the limit.
+bfloat16 inputs are multiplied as they are where the processor has AVX-512 BF16: codes exactly, levels rounded to
+bfloat16. In every other case inputs and weights are float32, the weights rounded once as in the reference. All sums are
+float32. Rows of a batch do not influence each other and neither does the number of threads, up to MAX_ROWS rows; with
+more rows the weight is written out block by block, in the dtype of x, and multiplied by torch, because then arithmetic
+and not memory is the limit.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import KernelUnavailable
-from trimtab.kernels.library import DTYPES, GridProblem, isa_limit, native_library
+from trimtab.kernels.grid_matmul.weight import GridWeight
+from trimtab.kernels.library import DTYPES, ZERO_DTYPES, GridWeightStruct, isa_limit, native_library
 
 MAX_ROWS = 64
 """Rows of x up to which packed codes are multiplied as they are."""
@@ -25,109 +27,100 @@ BLOCK_WEIGHTS = 1 << 22
 _FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
 
 
-def refuses(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int, in_features: int
-) -> str | None:
+def refuses(x: Tensor, weights: Sequence[GridWeight]) -> str | None:
     """Why these arguments need another backend, or None."""
-    tensors = {"x": x, "packed": packed, "scales": scales} | ({} if zeros is None else {"zeros": zeros})
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device}, native kernels read CPU memory"
-        if name != "x" and not tensor.is_contiguous():
-            return f"{name} of shape {list(tensor.shape)} is not contiguous"
-    if x.dtype not in DTYPES or scales.dtype not in DTYPES:
-        return f"x is {x.dtype} and scales are {scales.dtype}; native kernels take float32, float16 and bfloat16"
-    if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad):
+    if not x.is_cpu:
+        return f"x is on {x.device}, native kernels read CPU memory"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; native kernels take float32, float16 and bfloat16"
+    wants_gradient = x.requires_grad
+    for weight in weights:
+        for name, tensor in weight.tensors().items():
+            if not tensor.is_cpu:
+                return f"{name} is on {tensor.device}, native kernels read CPU memory"
+            if not tensor.is_contiguous():
+                return f"{name} of shape {list(tensor.shape)} is not contiguous"
+            wants_gradient = wants_gradient or tensor.requires_grad
+        if weight.scales.dtype not in DTYPES:
+            return f"scales are {weight.scales.dtype}; native kernels take float32, float16 and bfloat16"
+    if wants_gradient and torch.is_grad_enabled():
         return "a gradient is wanted, which only the reference has"
     return None
 
 
-def grid_matmul_native(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int, in_features: int
-) -> Tensor:
-    """`grid_matmul` in C++, on the CPU, for input that `refuses` has no objection to."""
-    out_features = packed.shape[0]
-    out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+def grid_matmul_native(x: Tensor, weights: Sequence[GridWeight]) -> tuple[Tensor, ...]:
+    """`grid_matmul_many` in C++, on the CPU, for input that `refuses` has no objection to."""
+    shape, in_features = x.shape[:-1], weights[0].in_features
     rows = x.numel() // in_features
-    if not rows or not out_features:
-        return out
     x = x.contiguous()
     if rows > MAX_ROWS:
-        return _by_blocks(x, packed, scales, zeros, bits, group_size, in_features, out)
-    problem = _problem(out_features, in_features, group_size, bits, x.dtype, scales.dtype, isa_limit())
-    status = native_library().tt_grid_matmul(
-        problem,
-        x.data_ptr(),
-        packed.data_ptr(),
-        scales.data_ptr(),
-        None if zeros is None else zeros.data_ptr(),
-        out.data_ptr(),
-        rows,
-        torch.get_num_threads(),
-    )
-    _check(status)
-    return out
-
-
-def dequantize_native(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    *,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The dense weight [out, in]: float32 arithmetic, then rounded to `dtype` (float32, float16, bfloat16)."""
-    out = torch.empty((packed.shape[0], in_features), dtype=dtype)
-    problem = _problem(packed.shape[0], in_features, group_size, bits, dtype, scales.dtype, isa_limit())
-    status = native_library().tt_grid_dequantize(
-        problem,
-        packed.data_ptr(),
-        scales.data_ptr(),
-        None if zeros is None else zeros.data_ptr(),
-        out.data_ptr(),
-        packed.shape[0],
-        torch.get_num_threads(),
-    )
-    _check(status)
-    return out
-
-
-@functools.lru_cache(maxsize=4096)
-def _problem(
-    out_features: int, in_features: int, group_size: int, bits: int, x: torch.dtype, scales: torch.dtype, isa: int
-) -> ctypes.Array[GridProblem]:
-    """The description that a call passes by address, kept because building it costs as much as a small product."""
-    group = in_features if group_size == -1 else group_size
-    description = GridProblem(out_features, in_features, group, bits, DTYPES[x], DTYPES[scales], isa)
-    return (GridProblem * 1)(description)
-
-
-def _by_blocks(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    out: Tensor,
-) -> Tensor:
-    step = max(1, BLOCK_WEIGHTS // in_features)
-    for start in range(0, packed.shape[0], step):
-        part = slice(start, start + step)
-        weight = dequantize_native(
-            packed[part],
-            scales[part],
-            None if zeros is None else zeros[part],
-            bits=bits,
-            group_size=group_size,
-            in_features=in_features,
-            dtype=x.dtype,
+        return tuple(_by_blocks(x, weight) for weight in weights)
+    sizes = [weight.out_features for weight in weights]
+    out = torch.empty(rows * sum(sizes), dtype=x.dtype)
+    if out.numel():
+        status = native_library().tt_grid_matmul(
+            (GridWeightStruct * len(weights))(*map(describe, weights)),
+            len(weights),
+            x.data_ptr(),
+            out.data_ptr(),
+            rows,
+            DTYPES[x.dtype],
+            isa_limit(),
+            torch.get_num_threads(),
         )
-        out[..., part] = torch.nn.functional.linear(x, weight)
+        _check(status)
+    parts = out.split_with_sizes([rows * size for size in sizes])
+    return tuple(part.view(*shape, size) for part, size in zip(parts, sizes, strict=True))
+
+
+def dequantize_native(weight: GridWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight [out, in]: float32 arithmetic, then rounded to `dtype` (float32, float16, bfloat16)."""
+    out = torch.empty((weight.out_features, weight.in_features), dtype=dtype)
+    _write_out(describe(weight), 0, out)
+    return out
+
+
+def describe(weight: GridWeight) -> GridWeightStruct:
+    """What the library reads of a weight. It points into the weight's tensors, which must outlive it."""
+    zeros, levels = weight.zeros, weight.levels
+    return GridWeightStruct(
+        weight.out_features,
+        weight.in_features,
+        weight.in_features if weight.group_size == -1 else weight.group_size,
+        weight.packed.data_ptr(),
+        weight.scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        None if levels is None else levels.data_ptr(),
+        2**weight.bits if levels is not None and levels.ndim == 2 else 0,
+        weight.bits,
+        DTYPES[weight.scales.dtype],
+        0 if zeros is None else ZERO_DTYPES[zeros.dtype],
+    )
+
+
+def _write_out(weight: GridWeightStruct, first: int, out: Tensor) -> None:
+    """Rows of a weight from `first` on, as many as `out` has."""
+    status = native_library().tt_grid_dequantize(
+        ctypes.byref(weight),
+        first,
+        out.shape[0],
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        isa_limit(),
+        torch.get_num_threads(),
+    )
+    _check(status)
+
+
+def _by_blocks(x: Tensor, weight: GridWeight) -> Tensor:
+    out = torch.empty((*x.shape[:-1], weight.out_features), dtype=x.dtype)
+    step = max(1, BLOCK_WEIGHTS // weight.in_features)
+    described = describe(weight)
+    for start in range(0, weight.out_features, step):
+        part = out[..., start : start + step]
+        block = torch.empty((part.shape[-1], weight.in_features), dtype=x.dtype)
+        _write_out(described, start, block)
+        part.copy_(torch.nn.functional.linear(x, block))
     return out
 
 

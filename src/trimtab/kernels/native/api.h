@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define TT_ABI 1
+#define TT_ABI 2
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4 };
@@ -11,11 +11,17 @@ enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSIT
 // Instruction sets, ascending. As an argument: use none above this one. TT_ISA_BEST: the best the machine has.
 enum { TT_ISA_BEST = -1, TT_ISA_SCALAR = 0, TT_ISA_AVX2 = 1, TT_ISA_AVX512 = 2, TT_ISA_AVX512_BF16 = 3 };
 
-struct tt_grid_problem {
+// A weight [out][in]: scale * (code - zero), or scale * levels[code]. Everything is contiguous. Dtypes here and below:
+// 0 float32, 1 float16, 2 bfloat16; of zeros also 3, uint8.
+struct tt_grid_weight {
   int64_t out_features, in_features, group_size;  // group_size divides in_features
+  const void* packed;                             // [out][row bytes], layout of packing.py
+  const void* scales;                             // [out][groups]
+  const void* zeros;                              // [out][groups], or null: 2^(bits-1) for all
+  const float* levels;                            // [2^bits] or [out][2^bits], or null; up to 4 bits, without zeros
+  int64_t level_step;                             // floats from one row's levels to the next: 0 or 2^bits
   int32_t bits;                                   // 2, 3, 4, 8
-  int32_t x_dtype, scale_dtype;                   // of x and out; of scales: 0 float32, 1 float16, 2 bfloat16
-  int32_t isa;
+  int32_t scale_dtype, zero_dtype;
 };
 
 struct tt_linear_problem {
@@ -28,21 +34,21 @@ TT_EXPORT int32_t tt_abi();
 TT_EXPORT int32_t tt_openmp();                  // 1 if built with threads
 TT_EXPORT int32_t tt_has_isa(int32_t isa);      // 1 if built for it and the machine has it
 
-// x [batch][in], packed [out][row bytes], scales [out][groups], zeros uint8 [out][groups] or null, out [batch][out];
-// all contiguous. Returns TT_OK or why not. The caller has checked shapes.
-TT_EXPORT int32_t tt_grid_matmul(const tt_grid_problem* problem, const void* x, const void* packed, const void* scales,
-                                 const void* zeros, void* out, int64_t batch, int32_t threads);
+// One x [batch][in] times each of `count` weights. out holds one [batch][out] after the other. Contiguous, both of one
+// dtype. Returns TT_OK or why not. The caller has checked shapes.
+TT_EXPORT int32_t tt_grid_matmul(const tt_grid_weight* weights, int64_t count, const void* x, void* out, int64_t batch,
+                                 int32_t dtype, int32_t isa, int32_t threads);
 
-// The dense weight [rows][in] of the first `rows` output rows, in the problem's x_dtype.
-TT_EXPORT int32_t tt_grid_dequantize(const tt_grid_problem* problem, const void* packed, const void* scales,
-                                     const void* zeros, void* out, int64_t rows, int32_t threads);
+// The dense rows [first, first + rows) of a weight, [rows][in] of `dtype`.
+TT_EXPORT int32_t tt_grid_dequantize(const tt_grid_weight* weight, int64_t first, int64_t rows, void* out,
+                                     int32_t dtype, int32_t isa, int32_t threads);
 
 // x [rows][in], weight [out][in], bias [out] or null, out [rows][out]; all contiguous, 1 to 8 rows. Returns as above.
 TT_EXPORT int32_t tt_half_linear(const tt_linear_problem* problem, const void* x, const void* weight, const void* bias,
                                  void* out, int64_t rows, int32_t threads);
 
 // kv_attention. Layouts and meaning of the fields: kv_attention/run.py. Absent tensors are null, absent numbers 0, an
-// absent first_position -1. Dtypes as in tt_grid_problem.
+// absent first_position -1. Dtypes as in tt_grid_weight.
 struct tt_kv_run {
   int64_t tokens, heads, head_dim, first_position;
   int64_t exact_head_step, exact_token_step;  // elements

@@ -22,6 +22,15 @@ TT_INLINE inline typename V::floats decode_segment(const Segment& s, const uint8
   return V::template decode<BITS, 0>(V::shift(V::load_lanes(at, s.count), s.shift), grid);
 }
 
+// What decodes the codes of one group. zeros and levels are null where there are none.
+template <class V, int BITS>
+TT_INLINE inline typename V::template Grid<BITS> grid_of(float scale, const float* zero, const float* levels) {
+  if constexpr (BITS < 8) {
+    if (levels) return V::template level_grid<BITS>(scale, levels);
+  }
+  return V::template grid<BITS>(scale, zero ? *zero : float(1 << (BITS - 1)));
+}
+
 template <class V, int BITS, int R, int B>
 void fma_tile(const Tile& tile) {
   constexpr int kParts = 16 / V::W;  // vectors of 32-bit words in 32 lanes
@@ -38,8 +47,8 @@ void fma_tile(const Tile& tile) {
     group = next;
     unroll<R>([&](auto r) TT_INLINE {
       const int64_t at = r * plan.groups + group;
-      grid[r] = tile.zeros ? V::template grid<BITS>(tile.scales[at], tile.zeros[at])
-                           : V::template grid<BITS>(tile.scales[at], float(1 << (BITS - 1)));
+      grid[r] = grid_of<V, BITS>(tile.scales[at], tile.zeros ? tile.zeros + at : nullptr,
+                                 tile.levels ? tile.levels + r * tile.level_step : nullptr);
     });
   };
 
@@ -94,14 +103,15 @@ void fma_tile(const Tile& tile) {
 }
 
 template <class V, int BITS>
-void decode_row(const Plan& plan, const uint8_t* packed, const float* scales, const float* zeros, float* out) {
+void decode_row(const Plan& plan, const uint8_t* packed, const float* scales, const float* zeros, const float* levels,
+                float* out) {
   typename V::template Grid<BITS> grid;
   int32_t group = -1;
   for (int64_t i = 0; i < plan.segment_count; ++i) {
     const Segment& s = plan.segments[i];
     if (s.group != group) {
       group = s.group;
-      grid = V::template grid<BITS>(scales[group], zeros ? zeros[group] : float(1 << (BITS - 1)));
+      grid = grid_of<V, BITS>(scales[group], zeros ? zeros + group : nullptr, levels);
     }
     V::store_floats(out + s.x_offset, decode_segment<V, BITS>(s, packed, grid), s.count);
   }

@@ -1,7 +1,8 @@
-// out[b][o] = sum_i x[b][i] * scale[o][g(i)] * (code[o][i] - zero[o][g(i)]), on the packed layout of packing.py.
+// out[b][o] = sum_i x[b][i] * scale[o][g(i)] * (code[o][i] - zero[o][g(i)]), on the packed layout of packing.py; or with
+// level[o][code[o][i]] in place of the difference.
 //
-// grid_matmul.cpp cuts the work into tiles and shares it among threads; a Kernels table (one per instruction set)
-// computes tiles. Every sum is taken in an order that depends on the row and the layout alone, so a result depends
+// grid_plan.cpp says how a row is walked. grid_matmul.cpp cuts the work into tiles and shares it among threads; a
+// Kernels table (one per instruction set) computes tiles. grid_dequantize.cpp writes weights out. Every sum is taken in an order that depends on the row and the layout alone, so a result depends
 // neither on the number of threads nor on the other rows of the batch.
 #pragma once
 
@@ -19,7 +20,7 @@ constexpr int codes_per_lane(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 :
 constexpr int words_per_lane(int bits) { return bits == 3 ? 3 : 1; }
 constexpr int bits_index(int bits) { return bits == 8 ? 3 : bits - 2; }
 
-enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kUint8 = 3 };
 
 // A run of weights that one masked load covers: lanes of one block, one shift, one group.
 struct Segment {
@@ -49,6 +50,8 @@ struct Tile {
   int64_t row_step;        // bytes from one row of the tile to the next
   const float* scales;     // [rows][groups]
   const float* zeros;      // [rows][groups], or null if symmetric
+  const float* levels;     // [rows][2^bits], `level_step` apart, or null
+  int64_t level_step;
   const void* x_blocks;    // inputs of the full blocks: [chunk][width][32], in the kernels' order and dtype
   const void* x_rest;      // the others: [width][rest], in natural order
   int64_t rest;            // pitch of x_rest
@@ -58,8 +61,9 @@ struct Tile {
 
 using TileKernel = void (*)(const Tile&);
 
-// The float32 weights of one row, in order, from segments that cover all of it.
-using RowDecoder = void (*)(const Plan&, const uint8_t* packed, const float* scales, const float* zeros, float* out);
+// The float32 weights of one row, in order, from segments that cover all of it. zeros and levels may be null.
+using RowDecoder = void (*)(const Plan&, const uint8_t* packed, const float* scales, const float* zeros,
+                            const float* levels, float* out);
 
 struct Kernels {
   const char* name;

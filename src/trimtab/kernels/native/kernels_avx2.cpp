@@ -14,10 +14,11 @@ struct Avx2 {
   using floats = __m256;
   using words = __m256i;
 
-  // Up to 3 bits: the values of all codes, scaled, repeated to 8 entries. 4 and 8 bits: zero point and scale.
+  // Up to 4 bits: the values of codes 0 to 7, repeated if there are fewer, and of codes 8 to 15, scaled.
+  // 8 bits: zero point and scale.
   template <int BITS>
   struct Grid {
-    __m256 values, scale;
+    __m256 low, high;
   };
 
   static floats zero() { return _mm256_setzero_ps(); }
@@ -59,19 +60,31 @@ struct Avx2 {
   template <int BITS>
   static Grid<BITS> grid(float scale, float zero) {
     const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero);
-    if constexpr (BITS > 3) return {z, s};
+    if constexpr (BITS == 8) return {z, s};
     constexpr int m = (1 << BITS) - 1;
     const __m256 codes = _mm256_setr_ps(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m);
-    return {_mm256_mul_ps(_mm256_sub_ps(codes, z), s), s};
+    const __m256 more = _mm256_add_ps(codes, _mm256_set1_ps(8));
+    return {_mm256_mul_ps(_mm256_sub_ps(codes, z), s), _mm256_mul_ps(_mm256_sub_ps(more, z), s)};
+  }
+  template <int BITS>
+  static Grid<BITS> level_grid(float scale, const float* levels) {
+    const __m256 s = _mm256_set1_ps(scale);
+    const __m256 low = BITS == 2 ? _mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels)) : _mm256_loadu_ps(levels);
+    return {_mm256_mul_ps(low, s), BITS == 4 ? _mm256_mul_ps(_mm256_loadu_ps(levels + 8), s) : low};
   }
 
-  // scale * (code - zero) of the code at bit SHIFT of each word; the lookup sees only the low 3 bits of its index.
+  // The weight of the code at bit SHIFT of each word; a lookup sees only the low 3 bits of its index.
   template <int BITS, int SHIFT>
   static floats decode(words v, const Grid<BITS>& g) {
     const words shifted = SHIFT ? _mm256_srli_epi32(v, SHIFT) : v;
-    if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(g.values, shifted);
-    const words code = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << BITS) - 1));
-    return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(code), g.values), g.scale);
+    if constexpr (BITS == 8) {
+      const words code = _mm256_and_si256(shifted, _mm256_set1_epi32(0xff));
+      return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(code), g.low), g.high);
+    }
+    const __m256 low = _mm256_permutevar8x32_ps(g.low, shifted);
+    if constexpr (BITS < 4) return low;
+    const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(shifted, 28));  // bit 3 of the code
+    return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(g.high, shifted), sign);
   }
 
   static void halves_to_floats(const uint16_t* in, float* out, int64_t n) {

@@ -1,6 +1,7 @@
 // AVX-512 with bfloat16 inputs: codes become exact bfloat16 numbers, code - 2^(bits-1), by one lookup per 32 weights;
 // the dot product instruction multiplies them by the inputs and adds in float32. The group's scale multiplies its sum,
-// and zero points act through the sums of the inputs. The instruction takes subnormal inputs as zero.
+// and zero points act through the sums of the inputs. Levels are rounded to bfloat16. The instruction takes subnormal
+// inputs as zero.
 #include "grid_matmul.h"
 #include "simple.h"
 
@@ -23,6 +24,16 @@ __m512i code_table() {
   alignas(64) uint16_t table[32];
   for (int i = 0; i < 32; ++i) table[i] = float_to_bfloat16(float((i & ((1 << BITS) - 1)) - (1 << (BITS - 1))));
   return _mm512_load_si512(table);
+}
+
+// The levels of a row, rounded, for the low 5 bits of an index.
+template <int BITS>
+__m512i level_table(const float* levels) {
+  constexpr int m = (1 << BITS) - 1;
+  const __m512i repeated = _mm512_setr_epi32(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m, 10 & m, 11 & m,
+                                             12 & m, 13 & m, 14 & m, 15 & m);
+  const __m512 table = _mm512_maskz_loadu_ps(__mmask16((1u << (1 << BITS)) - 1), levels);
+  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_permutexvar_ps(repeated, table)));
 }
 
 // The code in the low 8 bits of each 32-bit word, less 128, as float32; it has at most 8 significant bits.
@@ -48,7 +59,14 @@ void bf16_tile(const Tile& tile) {
   constexpr int kCodes = codes_per_lane(BITS);
   constexpr int64_t kBlockBytes = 2 * kLanes * kPlanes;
   const Plan& plan = *tile.plan;
-  const __m512i table = BITS == 8 ? _mm512_setzero_si512() : code_table<BITS == 8 ? 4 : BITS>();
+  __m512i tables[R];
+  unroll<R>([&](auto r) TT_INLINE {
+    if constexpr (BITS == 8) {
+      tables[r] = _mm512_setzero_si512();
+    } else {
+      tables[r] = tile.levels ? level_table<BITS>(tile.levels + r * tile.level_step) : code_table<BITS>();
+    }
+  });
   __m512 totals[R][B], sums[R][B];
   unroll<R>([&](auto r) TT_INLINE { unroll<B>([&](auto b) TT_INLINE { totals[r][b] = sums[r][b] = _mm512_setzero_ps(); }); });
   const float* scale = tile.scales;
@@ -80,7 +98,7 @@ void bf16_tile(const Tile& tile) {
           w[r] = Avx512::load(at + kPlane * 2 * kLanes);
           if constexpr (kShift == 0 && B <= 2) Avx512::prefetch(at + kPlane * 2 * kLanes + Avx512::kPrefetch / R);
         }
-        w[r] = decode<BITS, kShift>(w[r], table);
+        w[r] = decode<BITS, kShift>(w[r], tables[r]);
       });
       unroll<B>([&](auto b) TT_INLINE {
         const __m512i value = _mm512_loadu_si512(x + b * kChunk);
@@ -108,7 +126,7 @@ void bf16_tile(const Tile& tile) {
       } else {
         words = _mm512_srl_epi16(words, _mm_cvtsi32_si128(s.shift));
       }
-      w[r] = decode<BITS, 0>(words, table);
+      w[r] = decode<BITS, 0>(words, tables[r]);
     });
     unroll<B>([&](auto b) TT_INLINE {
       const __m512i value = _mm512_maskz_loadu_epi16(lanes, rest + b * tile.rest + s.x_offset);

@@ -17,6 +17,7 @@ struct Scalar {
   template <int BITS>
   struct Grid {
     float zero, scale;
+    const float* levels;
   };
 
   static floats zero() { return {}; }
@@ -72,12 +73,21 @@ struct Scalar {
   }
   template <int BITS>
   static Grid<BITS> grid(float scale, float zero) {
-    return {zero, scale};
+    return {zero, scale, nullptr};
+  }
+  template <int BITS>
+  static Grid<BITS> level_grid(float scale, const float* levels) {
+    return {0, scale, levels};
   }
   template <int BITS, int SHIFT>
   static floats decode(const words& v, const Grid<BITS>& g) {
+    constexpr uint32_t mask = (1u << BITS) - 1;
     floats out;
-    for (int i = 0; i < W; ++i) out.v[i] = (float(int32_t(v.v[i] >> SHIFT & ((1u << BITS) - 1))) - g.zero) * g.scale;
+    if (g.levels) {
+      for (int i = 0; i < W; ++i) out.v[i] = g.levels[v.v[i] >> SHIFT & mask] * g.scale;
+    } else {
+      for (int i = 0; i < W; ++i) out.v[i] = (float(int32_t(v.v[i] >> SHIFT & mask)) - g.zero) * g.scale;
+    }
     return out;
   }
   static void halves_to_floats(const uint16_t* in, float* out, int64_t n) {

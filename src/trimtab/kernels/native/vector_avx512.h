@@ -53,21 +53,31 @@ struct Avx512 {
   template <int BITS>
   static Grid<BITS> grid(float scale, float zero) {
     const __m512 s = _mm512_set1_ps(scale);
-    if constexpr (BITS == 8) return {_mm512_set1_ps(kMagic + zero), s};
+    if constexpr (BITS == 8) return {_mm512_set1_ps(zero), s};
     constexpr int m = (1 << BITS) - 1;
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m, 10 & m, 11 & m, 12 & m,
                                         13 & m, 14 & m, 15 & m);
     return {_mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero)), s), s};
   }
 
-  // scale * (code - zero) of the code at bit SHIFT of each word; the lookup sees only the low 4 bits of its index.
+  template <int BITS>
+  static Grid<BITS> level_grid(float scale, const float* levels) {
+    constexpr int m = (1 << BITS) - 1;
+    const __m512i repeated = _mm512_setr_epi32(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m, 10 & m, 11 & m,
+                                               12 & m, 13 & m, 14 & m, 15 & m);
+    const __m512 s = _mm512_set1_ps(scale), table = _mm512_maskz_loadu_ps(__mmask16((1u << (1 << BITS)) - 1), levels);
+    return {_mm512_mul_ps(_mm512_permutexvar_ps(repeated, table), s), s};
+  }
+
+  // The weight of the code at bit SHIFT of each word; the lookup sees only the low 4 bits of its index.
   template <int BITS, int SHIFT>
   static floats decode(words v, const Grid<BITS>& g) {
     const words shifted = SHIFT ? _mm512_srli_epi32(v, SHIFT) : v;
     if constexpr (BITS == 8) {
       const words code = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0xff), _mm512_set1_epi32(0x4B000000),
                                                    0xEA);  // (a & b) | c
-      return _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(code), g.values), g.scale);
+      const __m512 number = _mm512_sub_ps(_mm512_castsi512_ps(code), _mm512_set1_ps(kMagic));  // exact
+      return _mm512_mul_ps(_mm512_sub_ps(number, g.values), g.scale);
     }
     return _mm512_permutexvar_ps(shifted, g.values);
   }
