@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels.packing import unpack
+from trimtab.kernels.packing import pack, unpack
 from trimtab.tensors import table
 from trimtab.tensors.base import part_from_state
 from trimtab.tensors.nested_scales import NestedFormat, NestedScales

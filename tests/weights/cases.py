@@ -16,6 +16,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"bits": 3, "group_size": -1, "symmetric": True, "block_size": 10}),
     ("gptq", {"bits": 2, "group_size": 16, "act_order": True}),
     ("gptq", {"bits": 3, "group_size": 16, "static_groups": True, "clip": "imatrix"}),
+    ("nf", {"bits": 4, "group_size": 16}),
+    ("nf", {"bits": 3, "group_size": -1, "scale_dtype": "float32"}),
+    ("nf", {"bits": 2, "group_size": 16, "double_quant": True}),
 ]
 
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in CASES]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trimtab.weights._compress import compress as compress
     from trimtab.weights._compress import compress_to as compress_to
     from trimtab.weights.gptq import Gptq as Gptq
+    from trimtab.weights.nf import Nf as Nf
     from trimtab.weights.rtn import Rtn as Rtn
 
 __getattr__, __dir__ = lazy_exports(

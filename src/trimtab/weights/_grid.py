@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from trimtab.core.errors import ConfigError, TargetError
 from trimtab.tensors.grid import GridFormat, grid_parameters
 from trimtab.tensors.grid_search import IMATRIX_SEARCH, MSE_SEARCH, ClipSearch, group_parameters
-from trimtab.weights.base import WeightMethod
+from trimtab.weights._groups import GroupMethod
 
-if TYPE_CHECKING:
-    from trimtab.models.views import LinearView
-
-GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 Clip = Literal["none", "mse", "imatrix"]
 _SEARCH: dict[Clip, ClipSearch | None] = {"none": None, "mse": MSE_SEARCH, "imatrix": IMATRIX_SEARCH}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridMethod(WeightMethod):
+class GridMethod(GroupMethod):
     """A method whose result is one `GroupGrid`: `w ~ scale * (code - zero)` per group of columns.
 
-    bits          bits per code: 2, 3, 4 or 8
-    group_size    columns of a row that share a scale; must divide the width of every target; -1 = one group per row
+    Options of GroupMethod, and:
+
     symmetric     no zero points. The default is asymmetric, as in the papers of both methods that share this class:
                   its zero point costs one byte per group (0.125 bits per weight at 64) and lowers the error by a fifth.
                   All grid methods have the same default, so that comparisons are at equal bytes
@@ -35,17 +29,9 @@ class GridMethod(WeightMethod):
     scale_dtype   stored dtype of the scales; rounded to it before any code is computed
     """
 
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = 64
     symmetric: bool = False
     clip: Clip = "none"
     scale_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
-
-    def check(self) -> None:
-        if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(
-                f"{type(self).__name__}: option group_size={self.group_size} must be positive, or -1 for one per row."
-            )
 
     @property
     def format(self) -> GridFormat:
@@ -56,21 +42,6 @@ class GridMethod(WeightMethod):
     @property
     def search(self) -> ClipSearch | None:
         return _SEARCH[self.clip]
-
-    def check_linear(self, linear: LinearView) -> None:
-        try:
-            self.format.group_length((linear.out_features, linear.in_features))
-        except ConfigError as error:
-            raise TargetError(f"{linear.name} (role {linear.role}): {error}") from None
-
-    def check_targets(self, linears: Sequence[LinearView]) -> None:
-        try:
-            super().check_targets(linears)
-        except TargetError as error:
-            widths = sorted({linear.in_features for linear in linears})
-            common = [str(g) for g in GROUP_SIZES if all(width % g == 0 for width in widths)]
-            fit = f"all {len(linears)} targets (widths {', '.join(map(str, widths))}): {', '.join([*common, '-1'])}."
-            raise TargetError(f"{error} Group sizes that fit {fit}") from None
 
     def parameters(self, weight: Tensor, second_moment: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros of all groups of `weight` [out, in]; `second_moment` [in] is used by clip="imatrix" only."""
