@@ -27,6 +27,7 @@ from trimtab.app.cli import (
     describe,
     doctor,
     evaluate,
+    export,
     fit,
     generate,
     list,
@@ -38,7 +39,7 @@ from trimtab.core.errors import TrimtabError
 
 SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "See it work": (demo,),
-    "Change a model": (compress, fit, train),
+    "Change a model": (compress, fit, export, train),
     "Use and measure a model": (generate, evaluate, compare, modules),
     "Look things up": (list, describe, claims, bench, doctor),
 }

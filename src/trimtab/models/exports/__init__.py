@@ -12,7 +12,7 @@ from trimtab.core.errors import ConfigError, OutputError, TargetError, did_you_m
 from trimtab.core.files import atomic_directory, atomic_file, refuse_occupied
 from trimtab.models.exports.base import Exported, ExportFormat, Source
 
-__all__ = ["FORMATS", "Exported", "export", "format_class"]
+__all__ = ["FORMATS", "Exported", "check_path", "export", "format_class"]
 
 FORMATS = {
     "compressed-tensors": ("compressed_tensors", "CompressedTensors"),
@@ -51,10 +51,10 @@ def export(model: PreTrainedModel, path: str | Path, *, format: str, force: bool
     fmt.check_source(source)
     if fmt.marker is None:
         with atomic_file(path) as partial:
-            layers = fmt.write(source, partial)
+            layers = fmt.write(source, partial, path)
         return Exported(path, fmt.name, path.stat().st_size, layers)
     with atomic_directory(path, force=force) as partial:
-        layers = fmt.write(source, partial)
+        layers = fmt.write(source, partial, path)
     nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Exported(path, fmt.name, nbytes, layers)
 
@@ -74,6 +74,7 @@ def _check_layers(fmt: ExportFormat, source: Source) -> None:
         raise TargetError("the model has no compressed layers to export; compress it first, or use tt.save.")
     for name, layer in source.layers.items():
         if reason := fmt.refusal(layer):
-            offers = [offer for other in FORMATS if other != fmt.name and (offer := format_class(other).offer(layer))]
-            others = f"Formats that can hold it: {', '.join(offers)}" if offers else "No other format holds it either"
-            raise TargetError(f"{fmt.name} cannot hold layer '{name}': {reason}. {others}. Nothing was written.")
+            others = [format_class(other) for other in FORMATS if other != fmt.name]
+            offers = [offer for other in others if (offer := other.offer(layer, source))]
+            way_out = f"Formats that can hold it: {', '.join(offers)}" if offers else "No other format holds it either"
+            raise TargetError(f"{fmt.name} cannot hold layer '{name}': {reason}. {way_out}. Nothing was written.")

@@ -19,8 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.core.config import Config
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.tensors.activations import ActivationGrid
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid
+from trimtab.tensors.transform import Chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,10 @@ class ExportFormat(Config, ABC):
         """Why this layer cannot be held, naming the part; None if it can."""
 
     @abstractmethod
-    def write(self, source: Source, path: Path) -> list[dict[str, Any]]:
+    def write(self, source: Source, path: Path, final: Path) -> list[dict[str, Any]]:
         """Fill the empty directory `path` (or write the file `path`), of layers that were not refused.
 
+        `final` is the name that it will have. Raises OSError if the disk refuses.
         Returns the entries of `Exported.layers`.
         """
 
@@ -94,8 +97,8 @@ class ExportFormat(Config, ABC):
         """Raise an error for what no single layer shows, such as layers that differ where they may not."""
 
     @classmethod
-    def offer(cls, layer: Layer) -> str | None:
-        """How this format can hold the layer, in words for an error of another format; None if it cannot."""
+    def offer(cls, layer: Layer, source: Source) -> str | None:
+        """How this format can hold the layer of a model, in words for an error of another format; None if it cannot."""
         return None if cls().refusal(layer) else cls.name
 
 
@@ -121,6 +124,16 @@ def only_grid(layer: Layer) -> GroupGrid | str:
     if grid.zeros is not None and grid.zeros.is_floating_point():
         return "part 0 of kind 'grid' has fractional zero points, and this format holds whole ones"
     return grid
+
+
+def rounded_input(layer: Layer) -> str | None:
+    """Why no weight alone stands for the layer: it rounds its input. None if it does not."""
+    transform = layer.tensor.transform
+    steps = transform.steps if isinstance(transform, Chain) else (transform,)
+    for step in steps:
+        if isinstance(step, ActivationGrid):
+            return f"its input is rounded to {step.bits} bits, which this format does not say"
+    return None
 
 
 def exactly(values: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -53,7 +53,7 @@ class CompressedTensors(ExportFormat):
             return f"part 0 of kind 'grid' has {grid.format.scale_dtype} scales that no 16-bit type holds exactly"
         return None
 
-    def write(self, source: Source, path: Path) -> list[dict[str, Any]]:
+    def write(self, source: Source, path: Path, final: Path) -> list[dict[str, Any]]:
         write_model(source, path, model_tensors(source, _tensors), quantization_config(source))
         return [
             {"layer": name, "stored_as": f"int{grid_of(layer).format.bits}", "relative_error": 0.0}

@@ -84,7 +84,7 @@ class GptqCheckpoint(ExportFormat):
                 "compressed-tensors holds models that are compressed in part."
             )
 
-    def write(self, source: Source, path: Path) -> list[dict[str, Any]]:
+    def write(self, source: Source, path: Path, final: Path) -> list[dict[str, Any]]:
         config = self._config(source)
         write_model(source, path, model_tensors(source, self._tensors), config)
         (path / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,21 @@ def write_model(
     if source.model.can_generate():
         source.model.generation_config.save_pretrained(directory)
     if (tokenizer := info_of(source.model).tokenizer) is not None:
-        try:
+        with disk_errors():
             tokenizer.save_pretrained(directory)
-        except Exception as error:
-            if type(error) is Exception:  # all that tokenizers raises
-                raise OSError(str(error)) from error
-            raise
-    try:
+    with disk_errors():
         _write_weights(directory, tensors, shard_bytes)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns the errors in which safetensors and tokenizers say that the disk refuses into OSError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # the latter is all that tokenizers raises
+            raise OSError(str(error)) from error
+        raise
 
 
 def _write_config(model: PreTrainedModel, directory: Path, quantization_config: Mapping[str, Any] | None) -> None:
