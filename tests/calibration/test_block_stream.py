@@ -200,3 +200,23 @@ def test_memory_of_a_dense_pass_does_not_grow_with_depth(hoard: bool) -> None:
     growth = peak(4) - peak(2)
     assert (growth > gram) if hoard else (growth < gram / 8)
     assert peak(2) > gram
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_captured_call_can_be_made_again(family: str) -> None:
+    """Of attention, MLP and the block itself, behind the first block; and it follows a change of the weights."""
+    model = random_model(family)
+    view = ModelView.of(model)
+    stream = BlockStream(view, calibration(), chunk_tokens=40)
+    stream.advance(view.blocks[0])
+    block = view.blocks[1]
+    for module in (block.attention.module, block.mlp.module, block.module):
+        calls = stream.capture(block, module, sequences=3)
+        assert [len(call.output) for call in calls] == [2, 2]
+        with torch.no_grad():
+            for call in calls:
+                torch.testing.assert_close(call.run(), call.output)
+                assert not torch.allclose(call.run(2 * call.hidden), call.output, atol=1e-2)
+    with torch.no_grad():
+        block.linears[-1].set_weight(block.linears[-1].weight.flip(0))
+        assert not torch.allclose(calls[0].run(), calls[0].output, atol=1e-2)

@@ -113,13 +113,15 @@ class BlockStream:
         calls: list[CapturedCall] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if module is block.module and stored is not None:  # hooks see what `_run` replaces
+                args = (stored.to(args[0].device), *args[1:])
             calls.append(CapturedCall(module, args, kwargs, first_output(output), mask))
 
         handle = module.register_forward_hook(keep, with_kwargs=True)
         try:
-            for start in range(0, min(sequences, len(self.calibration.tokens)), self._chunk):
-                mask = self.calibration.mask[self._rows(start // self._chunk)]
-                self._run(block, start // self._chunk)
+            for index in range(-(-min(sequences, len(self.calibration.tokens)) // self._chunk)):
+                mask, stored = self.calibration.mask[self._rows(index)], self._hidden[index]
+                self._run(block, index)
         finally:
             handle.remove()
         return calls

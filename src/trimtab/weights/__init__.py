@@ -10,8 +10,12 @@ from trimtab.core.registry import room_exports
 if TYPE_CHECKING:
     from trimtab.weights._compress import compress as compress
     from trimtab.weights._compress import compress_to as compress_to
+    from trimtab.weights.awq import Awq as Awq
     from trimtab.weights.gptq import Gptq as Gptq
+    from trimtab.weights.hqq import Hqq as Hqq
+    from trimtab.weights.loftq import Loftq as Loftq
     from trimtab.weights.nf import Nf as Nf
+    from trimtab.weights.qbb import Qbb as Qbb
     from trimtab.weights.rtn import Rtn as Rtn
 
 __getattr__, __dir__ = lazy_exports(

@@ -82,7 +82,12 @@ class Gptq(GridMethod, LinearMethod):
         assert stats is not None
         assert stats.gram is not None
         weight = linear.weight.float()
-        metric = Metric.gram(stats.gram.to(weight.device), name=f"the input of {linear.name}")
+        grid, notes = self.rounded(weight, stats.gram.to(weight.device), f"the input of {linear.name}")
+        return CompressedTensor(parts=(grid,)), notes
+
+    def rounded(self, weight: Tensor, gram: Tensor, name: str) -> tuple[GroupGrid, Notes]:
+        """`weight` [out, in] float32 on its grid, for inputs of second moment `gram` [in, in]; errors say `name`."""
+        metric = Metric.gram(gram, name=name)
         assert metric.column is not None
         order = metric.column_order() if self.act_order else None
         try:
@@ -95,14 +100,13 @@ class Gptq(GridMethod, LinearMethod):
         weight = torch.where(dead, 0.0, weight)  # a copy, which the solver overwrites
         codes, scales, zeros, loss = self._solve(weight, inverse.factor, order, metric.column)
         grid = GroupGrid.from_codes(codes, scales, zeros, self.format)
-        notes: Notes = {"damping": inverse.damping, "dead_columns": int(dead.sum()), "gptq_loss": loss}
-        return CompressedTensor(parts=(grid,)), notes
+        return grid, {"damping": inverse.damping, "dead_columns": int(dead.sum()), "gptq_loss": loss}
 
-    def _nearest(self, weight: Tensor, second_moment: Tensor, reason: str) -> tuple[CompressedTensor, Notes]:
+    def _nearest(self, weight: Tensor, second_moment: Tensor, reason: str) -> tuple[GroupGrid, Notes]:
         """What rtn does, with the reason for falling back to it."""
         scales, zeros = self.parameters(weight, second_moment)
         grid = GroupGrid.from_codes(quantize_codes(weight, scales, zeros, self.format), scales, zeros, self.format)
-        return CompressedTensor(parts=(grid,)), {"fallback": "rtn", "fallback_reason": reason}
+        return grid, {"fallback": "rtn", "fallback_reason": reason}
 
     def _solve(
         self, weight: Tensor, upper: Tensor, order: Tensor | None, diagonal: Tensor
