@@ -22,7 +22,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("hqq", {"bits": 4, "group_size": 16}),
     ("hqq", {"bits": 2, "group_size": -1, "p": 0.5, "scale_dtype": "bfloat16"}),
     ("loftq", {"bits": 4, "group_size": 16, "rank": 2}),
-    ("loftq", {"bits": 2, "group_size": 16, "rank": 4, "double_quant": True, "high_blocks": 1}),
+    ("loftq", {"bits": 2, "group_size": 16, "rank": 2, "double_quant": True, "high_blocks": 1}),
     ("loftq", {"bits": 3, "group_size": -1, "rank": 2, "quantizer": "uniform", "init": "svd"}),
     ("loftq", {"bits": 3, "group_size": 16, "rank": 2, "quantizer": "grid", "metric": "gram", "iterations": 2}),
     ("loftq", {"bits": 2, "group_size": 16, "rank": 3, "metric": "diagonal", "factor_dtype": "bfloat16"}),
