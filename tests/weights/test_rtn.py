@@ -221,3 +221,20 @@ def test_the_formula_notices_a_range_without_zero(linear_of: Make, monkeypatch: 
     monkeypatch.setattr(grid_search, "group_parameters", without_zero)
     with pytest.raises(AssertionError):
         test_asymmetric_formula_forces_zero_into_the_range(linear_of, 4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_inputs_are_rounded_per_token_on_request(linear_of: Make, symmetric: bool) -> None:
+    """4 bits: 16 levels between a token's ends, or 15 around zero; the weights are the same as without."""
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)) + 0.5
+    plain = Rtn(group_size=16, symmetric=symmetric).compress(linear_of(weight), None)[0]
+    tensor = Rtn(group_size=16, symmetric=symmetric, activation_bits=4).compress(linear_of(weight), None)[0]
+    assert torch.equal(tensor.dequantize(), plain.dequantize())
+    assert tensor.nbytes == plain.nbytes
+    assert tensor.transform is not None
+    seen = tensor.transform.apply(x)
+    torch.testing.assert_close(tensor.matmul(x), seen @ plain.dequantize().T)
+    width = x.abs().amax(1) / 7 if symmetric else (x.amax(1) - x.amin(1)) / 15
+    assert float(((seen - x).abs().amax(1) / width).max()) <= 1.0  # half a step, and half a step of the zero point
+    assert max(len(row.unique()) for row in seen) <= (15 if symmetric else 16)

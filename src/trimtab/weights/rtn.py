@@ -14,15 +14,19 @@ step. Rounding is half to even. Scales are rounded to their stored dtype before 
 `clip="mse"` shrinks each group's range by up to 20 % in steps of 1 % to the least sum |w - w~|^2.4; `clip="imatrix"` by
 up to 95 % in 20 steps to the least sum E[x_j^2] |w - w~|^3, which needs calibration data.
 
+With `activation_bits` the input of each layer is rounded too, per token as it comes, as QLLM (arXiv:2310.08041) and
+others do before any remedy: the grid above over all channels of a token (trimtab.tensors.activations).
+
 Cost: one pass over the weights. When it fails: at 3 bits and fewer, and at 4 bits where a few input channels are much
-larger than the others; gptq at the same bytes is better there.
+larger than the others; gptq at the same bytes is better there. With rounded inputs, wherever a few channels are large.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from trimtab.tensors.activations import ActivationGrid
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid, quantize_codes
 from trimtab.weights._grid import GridMethod
@@ -37,7 +41,12 @@ __all__ = ["Rtn"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rtn(GridMethod, LinearMethod):
-    """Round to nearest. Options: see GridMethod."""
+    """Round to nearest. Options of GridMethod, and:
+
+    activation_bits    bits of the inputs, one step per token, and one zero point unless `symmetric`; None leaves them
+    """
+
+    activation_bits: Literal[4, 6, 8] | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -47,4 +56,7 @@ class Rtn(GridMethod, LinearMethod):
         weight = linear.weight.detach().float()
         scales, zeros = self.parameters(weight, stats.second_moment if stats else None)
         codes = quantize_codes(weight, scales, zeros, self.format)
-        return CompressedTensor(parts=(GroupGrid.from_codes(codes, scales, zeros, self.format),)), {}
+        transform = None
+        if self.activation_bits is not None:
+            transform = ActivationGrid(weight.shape[1], self.activation_bits, "token", self.symmetric)
+        return CompressedTensor((GroupGrid.from_codes(codes, scales, zeros, self.format),), transform), {}
