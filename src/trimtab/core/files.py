@@ -63,6 +63,7 @@ def atomic_file(path: str | Path, *, also: tuple[type[Exception], ...] = ()) -> 
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         yield partial
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
@@ -111,13 +112,16 @@ def atomic_directory(path: str | Path, *, force: bool = False) -> Iterator[Path]
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what writers of `path` left that were killed: partial directories whose process is gone."""
+    """Remove what writers of `path` left that were killed: partial files and directories whose process is gone."""
     for partial in path.parent.glob(f".{path.name}.partial-*"):
         pid = partial.name.rpartition("-")[2]
         if pid == str(os.getpid()) or (
             pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists()
         ):
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 def _take_name(partial: Path, path: Path) -> None:

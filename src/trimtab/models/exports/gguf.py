@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -98,19 +99,19 @@ class Gguf(ExportFormat):
         gguf = _library()
         model, config = source.model, source.model.config
         architecture = architecture_of(config)
-        writer = gguf.GGUFWriter(path, architecture.name, use_temp_file=True)  # tensors wait on disk, not in memory
-        for method, value in hyperparameters(config, architecture).items():
-            getattr(writer, method)(value)
-        _add_vocabulary(writer, self._vocabulary(source))
-        if (factors := rope_factors(model)) is not None:
-            writer.add_tensor("rope_freqs.weight", factors.numpy())
         entries: list[dict[str, Any]] = []
-        for name, data, kind in self._tensors(source, architecture, entries):
-            writer.add_tensor(name, data.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        # tensors wait on disk, not in memory
+        with closing(gguf.GGUFWriter(path, architecture.name, use_temp_file=True)) as writer:
+            for method, value in hyperparameters(config, architecture).items():
+                getattr(writer, method)(value)
+            _add_vocabulary(writer, self._vocabulary(source))
+            if (factors := rope_factors(model)) is not None:
+                writer.add_tensor("rope_freqs.weight", factors.numpy())
+            for name, data, kind in self._tensors(source, architecture, entries):
+                writer.add_tensor(name, data.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         return entries
 
     def _vocabulary(self, source: Source) -> Vocabulary | None:

@@ -43,7 +43,6 @@ def write_model(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
     quantization_config: Mapping[str, Any] | None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Configuration, tokenizer and weights into `directory`, which exists and is empty; at most one shard in memory.
 
@@ -56,7 +55,7 @@ def write_model(
         with disk_errors():
             tokenizer.save_pretrained(directory)
     with disk_errors():
-        _write_weights(directory, tensors, shard_bytes)
+        _write_weights(directory, tensors)
 
 
 @contextmanager
@@ -84,10 +83,10 @@ def _write_config(model: PreTrainedModel, directory: Path, quantization_config: 
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     shards: list[list[str]] = []
     total = 0
-    for shard in _shards(tensors, shard_bytes):
+    for shard in _shards(tensors, SHARD_BYTES):
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         file = directory / f"shard-{len(shards)}"

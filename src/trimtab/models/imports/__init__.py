@@ -51,8 +51,8 @@ def load_foreign(directory: Path, method: str, options: Mapping[str, Any]) -> tu
     state, specs = _read(reader, linears, read_headers(weight_files(directory)), str(directory))
     layers = TrimtabQuantizationConfig(specs, str(config.model_type), FORMAT_VERSION, trimtab.__version__)
     config.quantization_config = layers.to_dict()
-    config.name_or_path = str(directory)
     model, report = type(plain).from_pretrained(None, config=config, state_dict=state, **options)
+    model.config.name_or_path = str(directory)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model, report
@@ -79,6 +79,7 @@ def _read(
         shape = (linears[name].out_features, linears[name].in_features)
         try:
             grid = reader.grid(ReadLayer(name, shape, buffers))
+            grid.check()
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(f"{source}: layer '{name}': {error}") from None
         layer = CompressedLinear(CompressedTensor((grid,)))
