@@ -13,6 +13,7 @@ from trimtab.tensors import (
     ActivationGrid,
     BinaryBases,
     Chain,
+    Codebook,
     CompressedTensor,
     GridFormat,
     GroupGrid,
@@ -36,7 +37,20 @@ def _alphas() -> Tensor:
     return torch.tensor([0.8, 0.42, 0.23], dtype=torch.float16)[:, None].repeat(1, 6)
 
 
+def _codebook(size: int, count: int) -> Codebook:
+    """`count` codebooks of `size` vectors of 4 weights, drawn from the weight and then from random vectors."""
+    drawn = (
+        torch.randn(count, size, 4, generator=torch.Generator().manual_seed(2))
+        / torch.arange(1, count + 1)[:, None, None]
+    )
+    codes = torch.zeros(6, 8, count, dtype=torch.uint8 if size <= 256 else torch.int16)
+    return Codebook(codes, drawn.half(), torch.linspace(0.5, 2, 6).half()).project(WEIGHT)
+
+
 PARTS: dict[str, Callable[[], Part]] = {
+    "codebook": lambda: _codebook(16, 1),
+    "codebook-additive": lambda: _codebook(16, 3),
+    "codebook-wide": lambda: _codebook(512, 1),
     "grid": lambda: _grid(),
     "grid-asymmetric": lambda: _grid(symmetric=False),
     "grid-fractional": lambda: _grid(symmetric=False, zero_dtype="float16"),

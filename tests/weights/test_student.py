@@ -68,7 +68,7 @@ def test_the_loss_in_chunks_and_its_gradient_are_those_of_autograd(
         tokens, mask = text.tokens[chosen], text.mask[chosen]
         logits = [m(input_ids=tokens, attention_mask=mask.long()).logits[mask] for m in (student, teacher)]
         expected = loss(*logits) / int(mask.sum())
-        expected.backward()
+        expected.backward()  # type: ignore[no-untyped-call]
         assert found == pytest.approx(float(expected.detach()), rel=1e-5)
         for layer, gradient in zip(inside.layers, gradients, strict=True):
             torch.testing.assert_close(gradient, layer.gradient, rtol=1e-3, atol=1e-6)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.tensors.activations import ActivationGrid as ActivationGrid
     from trimtab.tensors.base import Part as Part
     from trimtab.tensors.binary import BinaryBases as BinaryBases
+    from trimtab.tensors.codebook import Codebook as Codebook
     from trimtab.tensors.compressed import CompressedTensor as CompressedTensor
     from trimtab.tensors.grid import ClipSearch as ClipSearch
     from trimtab.tensors.grid import GridFormat as GridFormat
@@ -34,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
         "ActivationGrid": "activations",
         "Part": "base",
         "BinaryBases": "binary",
+        "Codebook": "codebook",
         "CompressedTensor": "compressed",
         "ClipSearch": "grid",
         "GridFormat": "grid",

@@ -20,9 +20,10 @@ from torch import Tensor
 from trimtab.core.errors import CheckpointError, NumericsError, did_you_mean
 
 if TYPE_CHECKING:
+    from trimtab.kernels.grid_matmul import GridWeight
     from trimtab.tensors.metric import Metric
 
-_PART_MODULES = ("grid", "low_rank", "sparse", "table")
+_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook")
 PART_KINDS: dict[str, type[Part]] = {}
 """kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 
@@ -49,6 +50,11 @@ class Part(ABC):
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in] -> x @ W^T [..., out], in the dtype of x; uses the fastest kernel that accepts the input."""
+
+    def grid_weight(self) -> GridWeight | None:
+        """This part as the grid kernels take it, without copying; None if they cannot. Where it is given, `matmul` is
+        their product."""
+        return None
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
