@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import CheckpointError
+from trimtab.models.shared_input import PreparedFirst, SharedInput
 from trimtab.tensors.compressed import CompressedTensor
 
 
@@ -36,6 +37,8 @@ class CompressedLinear(nn.Module):
         else:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self._built: tuple[tuple[Tensor, ...], CompressedTensor] | None = None
+        self._prepared: PreparedFirst | None = None
+        self._shared: tuple[SharedInput, int] | None = None
 
     @classmethod
     def empty(cls, spec: Mapping[str, Any], bias: Tensor | None = None) -> CompressedLinear:
@@ -81,9 +84,38 @@ class CompressedLinear(nn.Module):
         """The dense [out, in] weight that this layer stands for."""
         return self.tensor.dequantize(dtype)
 
+    def share(self, shared: SharedInput | None) -> None:
+        """Let layers that read the same input compute together while decoding; None: each alone."""
+        self._shared = None if shared is None else (shared, shared.place(self))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tensor.matmul(x)
-        return y if self.bias is None else y + self.bias
+        y = None if torch.is_grad_enabled() else self._decoded(x)
+        if y is None:
+            y = self.tensor.matmul(x)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias
+
+    def _decoded(self, x: Tensor) -> Tensor | None:
+        """`tensor.matmul(x)` through what was prepared for few rows; None where that does not apply."""
+        first = None
+        if self._shared is not None:
+            shared, place = self._shared
+            first = shared.product(place, x)
+        if first is None:
+            prepared = self._prepared
+            if prepared is None or not prepared.fresh():
+                prepared = self._prepared = PreparedFirst((self,))
+            if prepared.product is None or not prepared.product.accepts(x):
+                return None
+            first = prepared.product.run(x)[0]
+        if len(self._spec["parts"]) > 1:
+            for part in self.tensor.parts[1:]:
+                first = first + part.matmul(x)
+        return first
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies share no calls, and prepare their own."""
+        return {**self.__dict__, "_prepared": None, "_shared": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         exact = {id(buffer) for buffer in self.stored().values()}

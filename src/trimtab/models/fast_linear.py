@@ -57,10 +57,11 @@ class FastLinear:
 def use_fast_linear(model: nn.Module) -> FastLinear:
     """Let the plain `nn.Linear` modules with 16-bit weights on the CPU use `half_linear` for few rows.
 
-    This holds where no gradient is wanted, x has the dtype of the weight and at most `half_linear.MAX_ROWS` rows;
-    otherwise a module computes exactly what it did. Parameters, state dictionaries, classes, hooks, saving and moves
-    stay as they are; copies (deepcopy, pickle) are plain. A module that is fast already is left to its handle. Where no
-    native kernel can run, or TRIMTAB_KERNELS names another one, nothing changes and `unchanged` says why.
+    This holds where no gradient is wanted, x has the dtype of the weight and at most `half_linear.MAX_ROWS` rows, and
+    TRIMTAB_KERNELS names no other kernel; otherwise a module computes exactly what it did. Parameters, state
+    dictionaries, classes, hooks, saving and moves stay as they are; copies (deepcopy, pickle) are plain. A module that
+    is fast already is left to its handle. Where no native kernel can run, or TRIMTAB_KERNELS names another one, nothing
+    changes and `unchanged` says why.
     """
     everywhere = _nowhere()
     modules: dict[str, nn.Linear] = {}
@@ -114,7 +115,8 @@ class _FewRows:
     def __call__(self, input: Tensor) -> Tensor:
         module = self.module
         weight, bias = module.weight, module.bias
-        if _plain(input, weight, bias) and native.refuses(input, weight, bias) is None:
+        allowed = os.environ.get(KERNELS_VARIABLE) in (None, "", "native")
+        if allowed and _plain(input, weight, bias) and native.refuses(input, weight, bias) is None:
             return native.half_linear_native(input, weight, bias)
         return nn.Linear.forward(module, input)
 

@@ -178,6 +178,9 @@ class TrimtabQuantizer(HfQuantizer):
         else:
             attach(model, info_from_manifest(self._manifest, self._source, model.dtype))
             self._manifest = None
+        from trimtab.models.fast_decoding import fast_decoding  # which needs transformers' models
+
+        fast_decoding(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

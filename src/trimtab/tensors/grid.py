@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels.grid_matmul import grid_matmul
+from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 from trimtab.kernels.packing import pack, packed_bytes, unpack
 from trimtab.tensors.base import Part, checked_buffers, shape_from_spec, stored_like
 from trimtab.tensors.grid_format import (
@@ -103,19 +103,18 @@ class GroupGrid(Part):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize_codes(self.codes(), self.scales, self.zeros, self.format, dtype)
 
+    def grid_weight(self) -> GridWeight | None:
+        if self.format.axis == "out":
+            return None
+        group = self.format.group_length(self.shape)
+        return GridWeight(self.packed, self.scales, self.zeros, self.format.bits, group, self.in_features)
+
     def matmul(self, x: Tensor) -> Tensor:
         """Through the grid kernel where groups run along "in", else through the dense weight."""
-        if self.format.axis == "out" or (self.zeros is not None and self.zeros.is_floating_point()):
+        weight = self.grid_weight()
+        if weight is None:
             return torch.nn.functional.linear(x, self.dequantize(x.dtype))
-        return grid_matmul(
-            x,
-            self.packed,
-            self.scales,
-            self.zeros,
-            bits=self.format.bits,
-            group_size=self.format.group_length(self.shape),
-            in_features=self.in_features,
-        )
+        return grid_matmul_many(x, (weight,))[0]
 
     def project(
         self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False

@@ -68,7 +68,7 @@ def grid_matmul_native(x: Tensor, weights: Sequence[GridWeight]) -> tuple[Tensor
             isa_limit(),
             torch.get_num_threads(),
         )
-        _check(status)
+        check(status)
     parts = out.split_with_sizes([rows * size for size in sizes])
     return tuple(part.view(*shape, size) for part, size in zip(parts, sizes, strict=True))
 
@@ -109,7 +109,7 @@ def _write_out(weight: GridWeightStruct, first: int, out: Tensor) -> None:
         isa_limit(),
         torch.get_num_threads(),
     )
-    _check(status)
+    check(status)
 
 
 def _by_blocks(x: Tensor, weight: GridWeight) -> Tensor:
@@ -124,6 +124,7 @@ def _by_blocks(x: Tensor, weight: GridWeight) -> Tensor:
     return out
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raise KernelUnavailable unless the library's answer is that all went well."""
     if status:
         raise KernelUnavailable(f"The native kernels stopped: {_FAILURES.get(status, f'status {status}')}.")

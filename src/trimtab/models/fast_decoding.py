@@ -1,0 +1,36 @@
+"""Decoding at the speed of memory with compressed weights: `fast_decoding(model)`."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel
+
+from trimtab.core.errors import TrimtabError
+from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.fast_linear import use_fast_linear
+from trimtab.models.shared_input import SharedInput
+from trimtab.models.views import ModelView
+
+log = logging.getLogger("trimtab.models")
+
+
+def fast_decoding(model: PreTrainedModel) -> None:
+    """Let compressed layers with one input share a call, and dense 16-bit ones read memory fast (`use_fast_linear`).
+
+    Modules, state dictionaries, hooks and saving stay as they are; copies of the model share nothing until this is
+    called for them. `compress` and loading a checkpoint call it. Calling it again finds the layers anew, after some
+    were replaced. A model of an unknown family decodes layer by layer.
+    """
+    use_fast_linear(model)
+    try:
+        blocks = ModelView.of(model).blocks
+    except TrimtabError as error:
+        log.info("compressed layers do not share calls: %s", error)
+        return
+    for block in blocks:
+        for site in block.sites.values():
+            layers = [linear.module for linear in site if isinstance(linear.module, CompressedLinear)]
+            shared = SharedInput(layers) if len(layers) > 1 else None
+            for layer in layers:
+                layer.share(shared)
