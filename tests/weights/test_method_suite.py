@@ -24,11 +24,15 @@ from trimtab.models.random import ALL_FAMILIES, random_model
 from trimtab.models.views import ModelView
 from trimtab.weights.base import WeightMethod
 
-from .cases import CASES, IDS
+from .cases import CASES, IDS, LADDERS, least_bits
 
 TOKENS = torch.randint(3, 131, (2, 20), generator=torch.Generator().manual_seed(5))
 case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 FIRST = {name: (name, options) for name, options in reversed(CASES)}
+WITH_GROUPS = {n: c for n, c in FIRST.items() if "group_size" in {f.name for f in dataclasses.fields(method_class(n))}}
+first_with_groups = pytest.mark.parametrize(("name", "options"), list(WITH_GROUPS.values()), ids=list(WITH_GROUPS))
+WITH_BITS = {name: case for name, case in FIRST.items() if name not in LADDERS}
+first_with_bits = pytest.mark.parametrize(("name", "options"), list(WITH_BITS.values()), ids=list(WITH_BITS))
 first_of_each = pytest.mark.parametrize(("name", "options"), list(FIRST.values()), ids=list(FIRST))
 
 
@@ -36,6 +40,10 @@ def build(name: str, options: dict[str, Any]) -> WeightMethod:
     method = method_class(name)(**options)
     assert isinstance(method, WeightMethod)
     return method
+
+
+def possible_bits(name: str) -> tuple[int, ...]:
+    return typing.get_args(typing.get_type_hints(method_class(name))["bits"])
 
 
 def compressed(
@@ -85,7 +93,7 @@ def test_error_is_small_and_reported(name: str, options: dict[str, Any], calibra
     dense = random_model("llama")
     weights = {linear.name: linear.weight for linear in ModelView.of(dense).linears}
     model = compressed("llama", name, options, calibration)
-    bound = {2: 0.6, 3: 0.15, 4: 0.03, 8: 1e-3}[options["bits"]]
+    bound = {2: 0.6, 3: 0.15, 4: 0.03, 8: 1e-3}[least_bits(options)]
     for entry in model.trimtab.record.changed:
         weight = weights[entry["linear"]]
         error = (model.get_submodule(entry["linear"]).dequantize() - weight).square().sum() / weight.square().sum()
@@ -97,8 +105,8 @@ def test_error_is_small_and_reported(name: str, options: dict[str, Any], calibra
 @case
 def test_more_bits_mean_less_error(name: str, options: dict[str, Any], calibration: CalibrationSet) -> None:
     errors = []
-    for bits in typing.get_args(typing.get_type_hints(method_class(name))["bits"]):
-        model = compressed("llama", name, {**options, "bits": bits}, calibration)
+    for finer in LADDERS.get(name) or [{"bits": bits} for bits in possible_bits(name)]:
+        model = compressed("llama", name, {**options, **finer}, calibration)
         errors.append(sum(entry["relative_weight_error"] for entry in model.trimtab.record.changed))
     assert errors == sorted(errors, reverse=True)
 
@@ -112,7 +120,7 @@ def test_ledger_counts_the_buffers(name: str, options: dict[str, Any], calibrati
     assert ledger.compressed_bytes == held == sum(entry["nbytes"] for entry in model.trimtab.record.changed)
     assert model.trimtab.record.ledger == ledger.to_dict()
     assert ledger.baseline_bytes == ledger_of(random_model("llama")).bytes_at_rest
-    assert options["bits"] < ledger.bits_per_weight < options["bits"] + 3
+    assert least_bits(options) < ledger.bits_per_weight < least_bits(options) + 3
 
 
 @case
@@ -175,27 +183,28 @@ def test_a_second_application_is_refused(name: str, options: dict[str, Any], cal
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
 
 
-@first_of_each
+@first_with_bits
 def test_unknown_options_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'bits'"):
         method_class(name).from_options({"bit": 4})
 
 
-@first_of_each
+@first_with_bits
 @pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, "four"])
 def test_bits_outside_the_range_are_refused(name: str, options: dict[str, Any], bits: object) -> None:
-    with pytest.raises(ConfigError, match=r"bits=.*2, 3, 4 or 8"):
+    *most, last = map(str, possible_bits(name))
+    with pytest.raises(ConfigError, match=f"bits=.*{', '.join(most)} or {last}"):
         method_class(name).from_options({"bits": bits})
 
 
-@first_of_each
+@first_with_groups
 @pytest.mark.parametrize("group_size", [0, -2])
 def test_group_sizes_that_cannot_be_are_refused(name: str, options: dict[str, Any], group_size: int) -> None:
     with pytest.raises(ConfigError, match=f"group_size={group_size} must be positive, or -1"):
         build(name, {**options, "group_size": group_size})
 
 
-@first_of_each
+@first_with_groups
 def test_a_group_that_does_not_divide_is_refused_before_any_work(
     name: str, options: dict[str, Any], calibration: CalibrationSet
 ) -> None:
@@ -217,8 +226,10 @@ def test_targets_that_match_nothing_are_refused(
 
 @first_of_each
 def test_the_same_defaults_as_its_siblings(name: str, options: dict[str, Any]) -> None:
-    """Comparisons between methods on the same grid are at equal bytes."""
-    grid = ("bits", "group_size", "symmetric", "clip", "scale_dtype")
+    """Comparisons on the same grid are at equal bytes; methods that round inputs too take one group per row."""
+    grid = ["bits", "symmetric", "clip", "scale_dtype"]
+    if name not in ("qllm", "mergequant"):
+        grid.append("group_size")
     defaults = {f.name: f.default for f in dataclasses.fields(method_class(name))}
     rtn = {f.name: f.default for f in dataclasses.fields(method_class("rtn"))}
     assert all(defaults[option] == rtn[option] for option in grid if option in defaults)

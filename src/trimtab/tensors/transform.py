@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, did_you_mean
 
-_TRANSFORM_MODULES = ("rotation", "activations")
+_TRANSFORM_MODULES = ("rotation", "activations", "reindex")
 TRANSFORM_KINDS: dict[str, type[Transform]] = {}
 """kind -> class, filled as transforms are defined; checkpoints load nothing else."""
 

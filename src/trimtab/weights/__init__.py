@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from trimtab.weights.loftq import Loftq as Loftq
     from trimtab.weights.nf import Nf as Nf
     from trimtab.weights.qbb import Qbb as Qbb
+    from trimtab.weights.qllm import Qllm as Qllm
     from trimtab.weights.rtn import Rtn as Rtn
+    from trimtab.weights.vq import Vq as Vq
 
 __getattr__, __dir__ = lazy_exports(
     __name__, {"compress": "_compress", "compress_to": "_compress", **room_exports("weights")}

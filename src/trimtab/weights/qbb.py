@@ -74,7 +74,7 @@ class Qbb(LinearMethod):
     length: int = 128
     keep_fraction: float = 0.25
     epochs: int = 3
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     scale_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
 
     def check(self) -> None:

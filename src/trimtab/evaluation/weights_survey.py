@@ -1,0 +1,111 @@
+"""All weight methods on one model: several seeds, with and without outlier channels, on two texts.
+
+plain       the model as it is
+outliers    function-preserving outlier channels injected into the activations, as large models have them
+
+The model runs in float32. A seed draws the calibration text, the outlier channels and whatever a method draws; the
+windows that are measured stay the same. Bytes are those of the model with its dense parts in bfloat16, as it ships.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trimtab.core.recipe import Recipe
+from trimtab.evaluation.kl import NextTokens, divergence
+from trimtab.evaluation.outliers import inject_outliers
+from trimtab.models import info_of, ledger_of, load, tokenizer_of
+from trimtab.models.calibration_set import CalibrationSet
+
+CONDITIONS = ("plain", "outliers")
+SEEDS = (0, 1, 2)
+SEQUENCES, LENGTH = 32, 256
+WINDOWS = 16
+
+
+def survey(
+    settings: Sequence[tuple[str, Mapping[str, Any]]],
+    model: str = "ref",
+    *,
+    second_text: Path | None = None,
+    seeds: Sequence[int] = SEEDS,
+    conditions: Sequence[str] = CONDITIONS,
+    processes: int = 2,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """`{"entries": [{label, method, options, runs: [{condition, seed, ...figures}]}]}`, all JSON values.
+
+    settings       (method of the weights room, its options)
+    second_text    beside the held-out prose; never used to calibrate
+    processes      methods measured at a time, each with one thread
+    """
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        futures = [pool.submit(_entry, model, n, dict(o), second_text, seeds, conditions) for n, o in settings]
+        entries = []
+        for future in futures:
+            entries.append(future.result())
+            tell(f"[{len(entries)}/{len(futures)}] {entries[-1]['label']}")
+    calibration = {"sequences": SEQUENCES, "length": LENGTH}
+    return {"model": model, "windows": WINDOWS, "calibration": calibration, "entries": entries}
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def _predictions(model: str, text: Path | None) -> NextTokens:
+    return NextTokens.of(load(model, dtype=torch.float32), text=text, windows=WINDOWS)
+
+
+def _entry(
+    model: str,
+    name: str,
+    options: dict[str, Any],
+    second_text: Path | None,
+    seeds: Sequence[int],
+    conditions: Sequence[str],
+) -> dict[str, Any]:
+    recipe = Recipe.from_dict({"steps": [{"method": name, **options}]}, source=name)
+    runs = [_run(model, recipe, second_text, condition, seed) for condition in conditions for seed in seeds]
+    shown = [f"{key}={value}" for key, value in options.items() if key != "bits"]
+    bits = recipe.steps[0].options.get("bits")
+    label = " ".join([name, *([] if bits is None else [f"{bits}-bit"]), ", ".join(shown)]).strip()
+    return {"label": label, "method": name, "options": recipe.steps[0].options, "runs": runs}
+
+
+def _run(model: str, recipe: Recipe, second_text: Path | None, condition: str, seed: int) -> dict[str, Any]:
+    from trimtab.weights import compress
+
+    subject: PreTrainedModel = load(model, dtype=torch.float32)
+    if condition == "outliers":
+        inject_outliers(subject, kind="activations", seed=seed)
+    text = CalibrationSet.from_text(None, tokenizer_of(subject), sequences=SEQUENCES, length=LENGTH, seed=seed)
+    started = time.perf_counter()
+    compress(subject, recipe, calibration=text, seed=seed, progress=False)
+    seconds = time.perf_counter() - started
+    texts = {"prose": None} | ({} if second_text is None else {"second_text": second_text})
+    figures = {}
+    for key, path in texts.items():
+        moved = divergence(subject, _predictions(model, path)).estimates()
+        figures[key] = {name: estimate.to_dict() for name, estimate in moved.items()}
+    record = info_of(subject).record
+    assert record is not None
+    ledger = ledger_of(torch.nn.Module.bfloat16(subject))
+    return {
+        "condition": condition,
+        "seed": seed,
+        "seconds": seconds,
+        "bytes_at_rest": ledger.bytes_at_rest,
+        "bits_per_weight": ledger.bits_per_weight,
+        "texts": figures,
+    }
