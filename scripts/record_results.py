@@ -1,6 +1,7 @@
 """Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
-    python scripts/record_results.py compare    every method at 2, 3, 4 and 8 bits on ref, all tasks
+    python scripts/record_results.py compare    every weight method on ref, all tasks
+    python scripts/record_results.py weights    every weight method on ref with seeds, outliers and a second text [FILE]
     python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
@@ -26,7 +27,27 @@ from trimtab.core.run_record import RunRecord
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 DOES_NOT_HOLD = 3
-METHODS, BITS = "rtn,gptq", "2,3,4,8"
+COMPARED = (
+    ("rtn,gptq", ("--bits", "8")),
+    ("rtn,gptq,awq,nf,hqq,vq,loftq,qbb", ("--bits", "2,3,4")),
+    ("lq_lora,pv_tuning", ("--bits", "2,3")),
+    ("rtn,mergequant,qllm", ("--bits", "4", "--set", "activation_bits=4", "--set", "rtn.group_size=-1")),
+)
+"""Methods and options of the rows of `trimtab compare`; each run has the uncompressed model as its first row."""
+TEXT_SIZE = ("--sequences", "32", "--length", "512")
+_W4A4 = {"bits": 4, "activation_bits": 4}
+SURVEYED: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"bits": bits} for bits in (2, 3, 4)] for name in ("rtn", "gptq", "awq", "nf", "hqq", "vq", "loftq")},
+    "mergequant": [_W4A4],
+}
+SURVEYED["rtn"] = [*SURVEYED["rtn"], {**_W4A4, "group_size": -1}]
+SURVEYED_ONCE: dict[str, list[dict[str, Any]]] = {
+    "lq_lora": [{"bits": 2}, {"bits": 3}],
+    "qbb": [{"bits": 2}, {"bits": 3}, {"bits": 4}],
+    "pv_tuning": [{"bits": 2}, {"bits": 3}],
+    "qllm": [{**_W4A4, "epochs": 3}],
+}
+"""Methods that train take one seed."""
 
 
 def trimtab(*arguments: str, accept: Sequence[int] = (0,)) -> tuple[Any, int]:
@@ -39,12 +60,33 @@ def trimtab(*arguments: str, accept: Sequence[int] = (0,)) -> tuple[Any, int]:
 
 def compare() -> tuple[dict[str, Any], int]:
     """All methods of the weights room on `ref`."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "comparison")
-        records, status = trimtab("compare", "ref", "--methods", METHODS, "--bits", BITS, "-o", out, "--json")
+    records: list[dict[str, Any]] = []
+    for number, (methods, options) in enumerate(COMPARED):
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "comparison")
+            found, status = trimtab("compare", "ref", "--methods", methods, *options, *TEXT_SIZE, "-o", out, "--json")
+        if status:
+            return {}, status
+        records += found if number == 0 else found[1:]
     for record in records:
         record["metrics"].pop("samples", None)
-    return {"records": records}, status
+    return {"records": records}, 0
+
+
+def weights(second_text: str | None = None) -> tuple[dict[str, Any], int]:
+    """All methods of the weights room on `ref`: seeds, outlier channels, a second text (such as WikiText-2's test)."""
+    from trimtab.evaluation.weights_survey import survey
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    text = None if second_text is None else Path(second_text)
+    document: dict[str, Any] = {"second_text": None if text is None else text.name}
+    for surveyed, seeds in ((SURVEYED, (0, 1, 2)), (SURVEYED_ONCE, (0,))):
+        settings = [(name, options) for name, own in surveyed.items() for options in own]
+        found = survey(settings, second_text=text, seeds=seeds, tell=tell)
+        document = {**found, **document, "entries": [*document.get("entries", []), *found["entries"]]}
+    return document, 0
 
 
 def claims(*systems: str) -> tuple[dict[str, Any], int]:
@@ -87,11 +129,15 @@ def kv_decode() -> tuple[dict[str, Any], int]:
 
 THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "compare": compare,
+    "weights": weights,
     "claims": claims,
     "caches": caches,
     "evaluate": evaluate,
     "kv-decode": kv_decode,
 }
+
+
+TAKES_ARGUMENTS = ("claims", "weights")
 
 
 def machine_name(machine: dict[str, Any]) -> str:
@@ -102,8 +148,8 @@ def machine_name(machine: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure one theme and write its file."""
-    if not arguments or arguments[0] not in THEMES or (len(arguments) > 1 and arguments[0] != "claims"):
-        print(f"usage: python scripts/record_results.py {'|'.join(THEMES)} [SYSTEM ... for claims]", file=sys.stderr)
+    if not arguments or arguments[0] not in THEMES or (len(arguments) > 1 and arguments[0] not in TAKES_ARGUMENTS):
+        print(f"usage: python scripts/record_results.py {'|'.join(THEMES)} [SYSTEM ...|FILE]", file=sys.stderr)
         return 2
     record = RunRecord(command=arguments[0])
     with record.timed("total"):

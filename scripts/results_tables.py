@@ -144,6 +144,32 @@ def caches_table(document: Document, method: str | None) -> str:
     return f"{markdown(heads, lines)}\n\n{source_line(document, note)}"
 
 
+def weights_table(document: Document, method: str | None) -> str:
+    """Rows of the weights survey: bytes, then KL plain and with outlier channels, on both texts."""
+    entries = [e for e in document["entries"] if method in (None, e["method"])]
+    if not entries:
+        return ""
+    columns = ["method", "bits per weight", "bytes at rest"]
+    texts = {"prose": "prose"} | ({"second_text": str(document["second_text"])} if document.get("second_text") else {})
+    places = [(condition, key) for condition in ("plain", "outliers") for key in texts]
+    columns += [f"KL, {texts[key]}{'' if condition == 'plain' else ', outliers'}" for condition, key in places]
+    rows = []
+    for entry in sorted(entries, key=lambda e: float(e["runs"][0]["bytes_at_rest"])):
+        first = entry["runs"][0]
+        cells = [entry["label"], f"{first['bits_per_weight']:.2f}", text.size(first["bytes_at_rest"])]
+        rows.append(cells + [_over_seeds(entry["runs"], *place) for place in places])
+    note = "KL to the original in nats per token: mean over seeds, and their range."
+    return f"{markdown(columns, rows)}\n\n{source_line(document, note)}"
+
+
+def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> str:
+    found = [r["texts"][key]["kl_nats_per_token"]["value"] for r in runs if r["condition"] == condition]
+    if not found:
+        return text.NOTHING
+    mean = text.number(sum(found) / len(found))
+    return mean if len(found) == 1 else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
+
+
 def kv_decode_table(document: Document, _: str | None) -> str:
     """Decoding with a long context: each system that ran, the longest context last."""
     entries = [e for e in document["entries"] if e.get("decode_ms_median") is not None]
@@ -187,6 +213,7 @@ def evaluate_table(document: Document, _: str | None) -> str:
 
 TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "compare": compare_table,
+    "weights": weights_table,
     "claims": claims_table,
     "caches": caches_table,
     "evaluate": evaluate_table,

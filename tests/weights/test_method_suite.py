@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import trimtab as tt
-from trimtab.core.errors import CompositionError, ConfigError, TargetError
+from trimtab.core.errors import CompositionError, ConfigError, NumericsError, TargetError
 from trimtab.core.recipe import Recipe
 from trimtab.core.registry import method_class, methods
 from trimtab.models.calibration_set import CalibrationSet
@@ -233,3 +234,57 @@ def test_the_same_defaults_as_its_siblings(name: str, options: dict[str, Any]) -
     defaults = {f.name: f.default for f in dataclasses.fields(method_class(name))}
     rtn = {f.name: f.default for f in dataclasses.fields(method_class("rtn"))}
     assert all(defaults[option] == rtn[option] for option in grid if option in defaults)
+
+
+@first_of_each
+def test_zero_rows_zero_groups_and_dead_channels_stay_finite(
+    name: str, options: dict[str, Any], calibration: CalibrationSet
+) -> None:
+    """A row of zeros, a group of zeros, and an input channel that no token ever reaches."""
+    model = random_model("llama")
+    for linear in ModelView.of(model).linears:
+        weight = linear.weight.clone()
+        weight[1] = 0
+        weight[:, :16] = 0
+        linear.set_weight(weight)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.input_layernorm.weight")[5] = 0
+    tt.compress(model, build(name, options), calibration=calibration, progress=False)
+    assert bool(torch.isfinite(logits(model)).all())
+    for linear in ModelView.of(model).linears:
+        assert linear.compressed is not None
+        assert bool(torch.isfinite(linear.compressed.dequantize()).all())
+
+
+@first_of_each
+def test_broken_weights_and_activations_are_named(
+    name: str, options: dict[str, Any], calibration: CalibrationSet
+) -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = torch.inf
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj .*row 3, column 4"):
+        tt.compress(model, build(name, options), calibration=calibration, progress=False)
+    if not build(name, options).needs:
+        return
+    model = random_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.input_layernorm.weight")[2] = torch.nan
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn"):
+        tt.compress(model, build(name, options), calibration=calibration, progress=False)
+
+
+@first_of_each
+@pytest.mark.parametrize("mode", ["sequential", "dense"])
+def test_a_run_killed_between_blocks_ends_with_the_same_weights(
+    mode: str, name: str, options: dict[str, Any], calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    """What stayed of it, plans and the first block, is taken; the rest, tuning included, is computed anew."""
+    settings = {"mode": mode, "state_dir": tmp_path / "state"}
+    whole = compressed("llama", name, options, calibration, **settings).state_dict()
+    shutil.rmtree(tmp_path / "state" / "block-0001")
+    model = compressed("llama", name, options, calibration, **settings)
+    assert model.trimtab.record.metrics["resumed_blocks"] == 1
+    again = model.state_dict()
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[key], whole[key]) for key in whole)

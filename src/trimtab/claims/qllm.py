@@ -39,7 +39,8 @@ def correction_helps() -> Outcome:
 
 _PAPER = method_info("qllm").paper
 _STRESS = (
-    "ref with injected activation outliers (stress setting: scale 16, 8 channels per site), weights and inputs at 4 bits"
+    "ref with injected activation outliers (stress setting: scale 16, 8 channels per site), weights and inputs at "
+    "4 bits"
 )
 _HOLDS = "Holds if the paired 95 % interval of the difference in KL lies below zero"
 
