@@ -31,6 +31,25 @@ def test_compress_saves_a_checkpoint_and_says_what_changed(cli: Cli, tiny: Path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_compress_to_a_budget_says_what_it_expects_and_what_it_lost(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    small = ("--set", "quantizer=rtn", "--set", "widths=2,4", "--set", "group_sizes=32", "--sequences", "8")
+    command = ("compress", str(tiny), *small, "--length", "64", "-o", str(tmp_path / "out"))
+    ran = cli(*command, "--budget", "2.13MB", "--json")
+    assert ran.status == 0, ran.err
+    told = ran.json
+    assert told["recipe"]["steps"][0]["budget"] == "2.13MB"
+    assert told["ledger"]["after"]["bytes_at_rest"] == told["plan"]["planned_bytes"] <= 2_130_000
+    assert set(told["plan"]["choices"]) == {entry["linear"] for entry in told["changed"]}
+    assert set(told["measured"]["kl_nats_per_token"]) >= NUMBERS
+    # random weights far from any training: only the order of size can be right
+    expected = told["plan"]["expected_kl_nats_per_token"]
+    assert expected / 2 < told["measured"]["kl_nats_per_token"]["value"] < 2 * expected
+    table = cli(*command, "--budget", "2.14MB", "--force")
+    assert table.status == 0, table.err
+    for part in ("expected KL to the original", "measured on held-out prose", "rtn-4-32", "2.14 MB"):
+        assert part in table.out
+
+
 def test_compress_from_a_recipe_file_as_a_table(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("version: 1\nsteps:\n  - {method: gptq, bits: 4, group_size: 32}\n")
     ran = cli("compress", str(tiny), "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"),

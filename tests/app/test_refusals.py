@@ -27,6 +27,11 @@ Refused = Callable[..., Ran]
         (["--method", "rtn", "--set", "group_size=0"], ["group_size=0"]),
         (["--method", "rtn", "--recipe", "r.yaml"], ["either --method", "--recipe"]),
         ([], ["either --method", "--recipe"]),
+        (["--budget", "0.3", "--recipe", "r.yaml"], ["--budget", "--recipe"]),
+        (["--budget", "0.3", "--method", "rtn"], ["'rtn' takes no --budget", "'mixed'"]),
+        (["--budget", "0.3", "--set", "budget=0.4"], ["'budget' twice"]),
+        (["--budget", "five", "--set", "widths=2"], ["five", "20%", "400MB"]),
+        (["--method", "mixed"], ["needs the option 'budget'"]),
         (["--recipe", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--method", "rtn", "--text", "nowhere.txt"], ["nowhere.txt"]),
         (["--method", "rtn", "--sequences", "0"], ["--sequences"]),
@@ -182,6 +187,10 @@ def test_targets_that_match_nothing(refused: Refused, tiny: Path) -> None:
     refused(
         "compress", str(tiny), "--method", "rtn", "--set", "targets=q_porj", "-o", "out", names=["q_porj", "q_proj"]
     )
+
+
+def test_a_budget_that_nothing_fits_into(refused: Refused, tiny: Path) -> None:
+    refused("compress", str(tiny), "--budget", "0.5", "-o", "out", names=["smallest possible one is", "embeddings"])
 
 
 def test_compressed_twice(refused: Refused, tiny_rtn: Path) -> None:

@@ -147,7 +147,7 @@ def _run_one(setting: Setting, variant: Variant, baseline: _Baseline | None) -> 
         record.metrics["main_metrics"] = [[name, next(iter(result.metrics))] for name, result in results.items()]
     with record.timed("fidelity"):
         if baseline is None:
-            baseline = _Baseline(_next_tokens(model, setting.seed), results)
+            baseline = _Baseline(next_tokens(model, setting.seed), results)
         else:
             measured = fidelity(model, baseline.next_tokens)
             record.metrics["fidelity"] = {name: estimate.to_dict() for name, estimate in measured.items()}
@@ -176,7 +176,7 @@ def _compress(model: PreTrainedModel, setting: Setting, recipe: Recipe) -> None:
     compress(model, recipe, calibration=calibration, mode=setting.mode, seed=setting.seed)
 
 
-def _next_tokens(model: PreTrainedModel, seed: int) -> NextTokens:
+def next_tokens(model: PreTrainedModel, seed: int) -> NextTokens:
     """The model's predictions on as many windows of held-out prose as are usual, or as fit into memory."""
     from trimtab.evaluation import NextTokens
     from trimtab.evaluation.kl import LENGTH, MAX_BYTES, WINDOWS

@@ -22,6 +22,7 @@ from trimtab.core.run_record import RunRecord, versions
 from trimtab.models.calibration import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.counting import ledger_of
+from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.info import info_of, tokenizer_of
 from trimtab.models.saving import describe, save
 from trimtab.models.views import LinearView, ModelView
@@ -137,6 +138,7 @@ def _compress(
     record.ledger = ledger_of(model).to_dict()
     info.recipe, info.record = recipe, record
     describe(model)
+    fast_decoding(model)
     return model
 
 
@@ -162,6 +164,7 @@ def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
             )
     targets = view.select(method.targets)
     method.check_targets(targets)
+    method.check_model(view.model, targets)
     for linear in targets:
         _check_weight(linear)
     return frozenset(linear.name for linear in targets)

@@ -19,6 +19,7 @@ from trimtab.core.method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from trimtab.core.recipe import Step
     from trimtab.models.statistics import Need, Stats
@@ -88,6 +89,9 @@ class WeightMethod(Method):
         """`check_linear` of all targets; called before any work starts. Override to name a fix that fits them all."""
         for linear in linears:
             self.check_linear(linear)
+
+    def check_model(self, model: PreTrainedModel, targets: Sequence[LinearView]) -> None:
+        """Raise BudgetError if the options ask of the whole model what cannot be; called before any work starts."""
 
     def prepare(self, planning: Planning) -> WeightMethod:
         """Called once, after the checks and before the first block: the method that compresses, with everything that

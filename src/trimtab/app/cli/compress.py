@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
@@ -24,6 +25,7 @@ from trimtab.app.cli.options import (
 )
 from trimtab.app.cli.output import emit_json, show, table
 from trimtab.app.report import text as figures
+from trimtab.app.report.rows import Interval
 from trimtab.core.errors import ConfigError
 from trimtab.core.registry import method_class, method_info
 
@@ -32,12 +34,16 @@ if TYPE_CHECKING:
 
     from trimtab.core.recipe import Recipe
     from trimtab.core.run_record import RunRecord
+    from trimtab.evaluation.base import Estimate
 
 EXAMPLES = (
     "trimtab compress ref --method gptq --set bits=4 -o ref-gptq4",
     "trimtab compress ref --method rtn --set bits=3 --set group_size=32 --set targets=gate,up,down -o ref-rtn3",
+    "trimtab compress ref --budget 0.3 -o ref-30-percent",
+    "trimtab compress ref --budget 5MB --set group_sizes=32,64 -o ref-5mb",
     "trimtab compress ref --recipe ref-gptq4/recipe.yaml -o again --text my-text.txt --sequences 64",
 )
+BUDGET_METHOD = "mixed"
 
 
 class Mode(str, Enum):
@@ -69,11 +75,20 @@ def build_recipe(method: str, settings: Mapping[str, str]) -> Recipe:
     return Recipe.from_dict({"steps": [{"method": name, **options}]}, source=f"--method {name}")
 
 
-def _chosen_recipe(method: str | None, settings: list[str] | None, file: Path | None) -> Recipe:
+def _chosen_recipe(
+    method: str | None, settings: list[str] | None, file: Path | None, budget: str | None = None
+) -> Recipe:
     from trimtab.core.recipe import Recipe
 
-    if (method is None) == (file is None):
-        raise ConfigError("give either --method NAME (with --set OPTION=VALUE) or --recipe FILE.")
+    if budget is not None and file is None:
+        method = method or BUDGET_METHOD
+        if "budget" not in {field.name for field in dataclasses.fields(method_class(method))}:
+            raise ConfigError(
+                f"method '{method}' takes no --budget; '{BUDGET_METHOD}' does, and is meant without --method."
+            )
+        settings = [*(settings or ()), f"budget={budget}"]
+    elif budget is not None or (method is None) == (file is None):
+        raise ConfigError("give either --method NAME or --budget BYTES, with --set OPTION=VALUE, or --recipe FILE.")
     if method is not None:
         return build_recipe(method, read_settings(settings))
     if settings:
@@ -103,6 +118,14 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the checkpoint.", show_default=False)],
     method: Annotated[str | None, typer.Option(help="A name from trimtab list.", show_default=False)] = None,
     settings: Settings = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of the whole model: a share of what it takes in bfloat16 (0.3) or a size (400MB). "
+            "Each matrix gets its own configuration; states what it expects to lose and what it lost.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file: steps with options.", show_default=False)] = None,
     text: Text = None,
     sequences: Sequences = 128,
@@ -118,29 +141,56 @@ def run(
     Killed at any point, the same command continues where it was.
     What stood at the output stays until the new checkpoint is complete.
     """
-    wanted = _chosen_recipe(method, settings, recipe)
+    wanted = _chosen_recipe(method, settings, recipe, budget)
     check_output(out, force, holds="config.json")
     check_text(text)
 
     import trimtab as tt
+    from trimtab.app.comparison import next_tokens
+    from trimtab.evaluation import fidelity
     from trimtab.models import info_of, ledger_of
     from trimtab.weights import compress_to
 
     loaded = tt.load(model, device=device)
     before = ledger_of(loaded)
     calibration = calibration_of(loaded, wanted, text, sequences, length, seed)
+    original = next_tokens(loaded, seed) if _is_planned(wanted) else None
     compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
     after = ledger_of(loaded)
     record = info_of(loaded).record
     assert record is not None
+    measured = None if original is None else fidelity(loaded, original)["kl_nats_per_token"]
     if as_json:
         ledgers = {"before": before.to_dict(), "after": after.to_dict()}
-        emit_json({"model": model, "out": str(out), "recipe": wanted.to_dict(), "ledger": ledgers, **_changes(record)})
+        done = {"model": model, "out": str(out), "recipe": wanted.to_dict(), "ledger": ledgers, **_changes(record)}
+        if measured is not None:
+            done |= {"plan": record.metrics["plan"], "measured": {"kl_nats_per_token": measured.to_dict()}}
+        emit_json(done)
         return
     show(_changed_table(record), _ledger_table(before.to_dict(), after.to_dict()))
+    if measured is not None:
+        show(_plan_table(record.metrics["plan"], measured))
     for reason, count in Counter(entry["reason"] for entry in record.unchanged).items():
         show(f"left alone: {count} x {reason}")
     show(f'\nSaved to {out} in {record.seconds.get("total", 0.0):.1f} s. Try: trimtab generate {out} -p "..."')
+
+
+def _is_planned(recipe: Recipe) -> bool:
+    """Whether the recipe says what it expects to lose, beside which the loss is then measured."""
+    return any(step.method == BUDGET_METHOD for step in recipe.steps)
+
+
+def _plan_table(plan: Mapping[str, Any], measured: Estimate) -> Table:
+    """How the budget was spent, and what that was expected to cost and did."""
+    counts = Counter(plan["choices"].values())
+    rows = [(label, str(count)) for label, count in sorted(counts.items())]
+    rows += [
+        ("budget", figures.size(plan["budget_bytes"])),
+        ("planned", figures.size(plan["planned_bytes"])),
+        ("expected KL to the original, nats per token", figures.number(plan["expected_kl_nats_per_token"])),
+        ("measured on held-out prose", figures.interval(Interval.of(measured.to_dict()))),
+    ]
+    return table("Plan", ("", "matrices"), rows, right=("matrices",))
 
 
 def _changes(record: RunRecord) -> dict[str, Any]:
