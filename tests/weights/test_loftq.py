@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimtab.claims import loftq as claims
 from trimtab.core.errors import ConfigError, TargetError
 from trimtab.models.statistics import Stats
 from trimtab.models.views import LinearView
@@ -322,3 +323,20 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 def test_a_rank_beyond_the_shorter_side_is_refused_by_name(linear_of: Make) -> None:
     with pytest.raises(TargetError, match=r"block\.up .*rank=49 for a weight of shape \[48, 128\]"):
         Loftq(rank=49).check_linear(linear_of(gaussian(48, 128)))
+
+
+# 6. the start of fine-tuning
+
+
+@pytest.mark.slow
+def test_training_from_its_factors_reaches_a_lower_loss_than_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ref-mini at 2 bits after a few steps; and factors in a wrong scaling are noticed."""
+    zero = claims.fine_tuned_loss("zero", seed=0, steps=6)
+    assert claims.fine_tuned_loss("loftq", seed=0, steps=6) < zero
+    right = loftq.svd
+
+    def scaled(error: Tensor, rank: int, metric: Metric, dtype: torch.dtype) -> LowRank:
+        return right(8 * error, rank, metric, dtype=dtype)
+
+    monkeypatch.setattr(loftq, "svd", scaled)
+    assert claims.fine_tuned_loss("loftq", seed=0, steps=6) > zero
