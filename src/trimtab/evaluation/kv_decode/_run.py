@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
+from trimtab.core.errors import NumericsError
 from trimtab.evaluation.kv_decode.gguf_export import export_gguf
 from trimtab.evaluation.kv_decode.llama_cpp_session import GGUF_FILE
-from trimtab.evaluation.kv_decode.measure import Setting
+from trimtab.evaluation.kv_decode.measure import Benchmark, Setting
 from trimtab.evaluation.kv_decode.systems import System
 from trimtab.kernels.bandwidth import read_bandwidth_gbps
 from trimtab.models import random_model, save
 
-BENCH = "kv-decode"
 _LIMIT_SECONDS = 3600
 
 
@@ -42,16 +42,37 @@ def run(
     A system that is not installed has "skipped" instead, with the reason; one that fails has "error", and the others
     go on.
     """
+
+    def make(folder: Path, chosen: Sequence[System]) -> None:
+        make_model(folder, setting, gguf=any(system.library == "llama.cpp" for system in chosen))
+
+    return run_systems(systems, setting, make, bandwidth_figures, threads=threads, tell=tell)
+
+
+def run_systems(
+    systems: Sequence[System],
+    setting: Setting,
+    make: Callable[[Path, Sequence[System]], None],
+    finish: Callable[[dict[str, Any], float], dict[str, Any]],
+    *,
+    threads: int | None,
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The run that all benchmarks beside other libraries share, as `run` describes it.
+
+    make     called with an empty folder and the systems that are installed, writes what their openers read
+    finish   figures of a system, GB/s of reading memory just before -> what to add; may raise NumericsError, which
+             leaves the error in place of the figures
+    """
     count = threads or len(os.sched_getaffinity(0))
     entries: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="trimtab-kv-decode-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"trimtab-{setting.bench}-") as folder:
         absent = {system.name: system.absent() for system in systems}
-        llama_cpp = any(system.library == "llama.cpp" and not absent[system.name] for system in systems)
-        if not all(absent.values()):
+        if chosen := [system for system in systems if not absent[system.name]]:
             tell(f"making the model: {setting.layers} layers, {setting.hidden} wide, seed {setting.seed}")
-            make_model(Path(folder), setting, gguf=llama_cpp)
+            make(Path(folder), chosen)
         for number, system in enumerate(systems, 1):
-            entry: dict[str, Any] = {"bench": BENCH, "system": system.name, "context": setting.context}
+            entry: dict[str, Any] = {"bench": setting.bench, "system": system.name, "context": setting.context}
             if reason := absent[system.name]:
                 tell(f"{number}/{len(systems)} {system.name}: skipped: {reason}")
                 entries.append({**entry, "skipped": reason})
@@ -59,10 +80,13 @@ def run(
             tell(f"{number}/{len(systems)} {system.name}")
             bandwidth = read_bandwidth_gbps(count)
             figures = measure_system(system, Path(folder), setting, count)
+            if "error" not in figures:
+                try:
+                    figures |= finish(figures, bandwidth)
+                except NumericsError as error:
+                    figures = {"error": str(error)}
             if "error" in figures:
                 tell(f"{system.name} failed: {figures['error']}")
-            else:
-                figures |= bandwidth_figures(figures, bandwidth)
             entries.append({**entry, "steps": setting.steps, "threads": count, **figures})
     return entries
 
@@ -91,9 +115,15 @@ def make_model(directory: Path, setting: Setting, *, gguf: bool, gguf_type: str 
         export_gguf(model, directory / GGUF_FILE, gguf_type)
 
 
-def measure_system(system: System, model: Path, setting: Setting, threads: int) -> dict[str, Any]:
+def measure_system(system: System, model: Path, setting: Benchmark, threads: int) -> dict[str, Any]:
     """Measure in a process of its own; {"error": reason} if it fails, is killed or does not end within an hour."""
-    job = {"opener": system.opener, "options": dict(system.options), "model": str(model), "setting": asdict(setting)}
+    job = {
+        "package": setting.package,
+        "opener": system.opener,
+        "options": dict(system.options),
+        "model": str(model),
+        "setting": asdict(setting),
+    }
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),

@@ -2,8 +2,8 @@
 
     python -m trimtab.evaluation.kv_decode.child JOB
 
-JOB is JSON: the system's opener and options, the model's directory, the setting. The last line of standard output is
-one JSON object.
+JOB is JSON: the package of the benchmark, the system's opener and options, the model's directory, the setting. The
+package's module `measure` has `Setting` and `measure`. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.evaluation.kv_decode.measure import Session, Setting, measure
-
 
 def measure_job(job: dict[str, Any]) -> dict[str, Any]:
     """Open the system and measure it; adds the resident set with the model loaded, and its peak."""
     module, _, function = job["opener"].partition(":")
-    opener = getattr(importlib.import_module(f"trimtab.evaluation.kv_decode.{module}"), function)
-    setting = Setting(**job["setting"])
-    session: Session = opener(Path(job["model"]), setting, **job["options"])
-    loaded = _memory("VmRSS")
-    figures = measure(session, setting)
-    return {**figures, "loaded_rss_bytes": loaded, "peak_rss_bytes": _memory("VmHWM")}
+    opener = getattr(importlib.import_module(f"{job['package']}.{module}"), function)
+    bench = importlib.import_module(f"{job['package']}.measure")
+    setting = bench.Setting(**job["setting"])
+    session = opener(Path(job["model"]), setting, **job["options"])
+    loaded = memory("VmRSS")
+    figures = bench.measure(session, setting)
+    return {"loaded_rss_bytes": loaded, "peak_rss_bytes": memory("VmHWM"), **figures}
 
 
-def _memory(field: str) -> int:
-    """From the kernel where it tells: ru_maxrss counts what the parent had, and `probes.memory` loads torch."""
+def memory(field: str) -> int:
+    """VmRSS or VmHWM, in bytes. From the kernel where it tells: ru_maxrss counts what the parent had, and
+    `probes.memory` loads torch."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(field))

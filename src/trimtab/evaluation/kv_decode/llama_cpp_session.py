@@ -65,6 +65,10 @@ class LlamaCppSession:
         """Of the last token."""
         return list(self._api.llama_get_logits_ith(self._context, -1)[: self._setting.vocabulary])
 
+    def weight_bytes(self) -> int:
+        """Of all tensors in the file."""
+        return int(self._api.llama_model_size(self._model))
+
     def kv_bytes(self) -> int:
         """What llama.cpp writes to keep the sequence: keys and values of the tokens, and a few bytes more."""
         return int(self._api.llama_state_seq_get_size(self._context, 0))

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from trimtab.core.errors import ConfigError, NumericsError
 
@@ -21,13 +21,26 @@ _ENOUGH_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Benchmark:
+    """What every benchmark beside other libraries has: a name, and a package with its openers and its `measure`."""
+
+    bench: ClassVar[str]
+    package: ClassVar[str]
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Benchmark):
     """Model and lengths of one run. Weights are random, in 16 bits; the architecture is Llama's.
 
     context   tokens of the prompt
     steps     tokens decoded after it; 128 hold one re-quantization of the caches that keep 128 recent tokens exact
     seed      of weights and tokens
     """
+
+    bench: ClassVar[str] = "kv-decode"
+    package: ClassVar[str] = "trimtab.evaluation.kv_decode"
 
     context: int = 8192
     steps: int = 128
@@ -38,15 +51,14 @@ class Setting:
     head_dim: int = 64
     mlp: int = 2816
     vocabulary: int = 4096
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name != "seed" and value < 1:
-                raise ConfigError(f"kv-decode: {name} must be at least 1, but is {value}.")
+                raise ConfigError(f"{self.bench}: {name} must be at least 1, but is {value}.")
         if self.context <= SHORT:
             raise ConfigError(
-                f"kv-decode: context must be above the short one of {SHORT} tokens, but is {self.context}."
+                f"{self.bench}: context must be above the short one of {SHORT} tokens, but is {self.context}."
             )
 
     @property
@@ -94,22 +106,22 @@ def measure(session: Session, setting: Setting) -> dict[str, Any]:
     tokens = setting.tokens()
     prompt, following = tokens[: setting.context], tokens[setting.context :]
     session.prefill(prompt[:SHORT])
-    short = [_seconds(session.step, token) for token in following]
+    short = [seconds(session.step, token) for token in following]
     short_bytes = session.kv_bytes()
 
-    prefills = [_seconds(session.prefill, prompt)]
+    prefills = [seconds(session.prefill, prompt)]
     expected = session.reference_step(following[0])
     if expected is not None or prefills[0] < _ENOUGH_SECONDS:
-        prefills.append(_seconds(session.prefill, prompt))
-    long = [_seconds(session.step, following[0])]
+        prefills.append(seconds(session.prefill, prompt))
+    long = [seconds(session.step, following[0])]
     parity = None if expected is None else demand_parity(session.logits(), expected)
-    long += [_seconds(session.step, token) for token in following[1:]]
+    long += [seconds(session.step, token) for token in following[1:]]
 
     step, short_step = statistics.median(long), statistics.median(short)
     return {
         "decode_ms_median": 1e3 * step,
         "decode_ms_mean": 1e3 * statistics.fmean(long),
-        "decode_spread": _spread(long),
+        "decode_spread": spread(long),
         "short_decode_ms_median": 1e3 * short_step,
         "attention_ms_median": 1e3 * (step - short_step),
         "prefill_s_median": statistics.median(prefills),
@@ -133,14 +145,16 @@ def demand_parity(found: Sequence[float], expected: Sequence[float]) -> float:
     return error
 
 
-def _spread(seconds: Sequence[float]) -> float:
+def spread(seconds: Sequence[float]) -> float:
+    """Distance of the quartiles / median."""
     if len(seconds) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(seconds, n=4)
     return (high - low) / middle
 
 
-def _seconds(call: Callable[[T], None], argument: T) -> float:
+def seconds(call: Callable[[T], None], argument: T) -> float:
+    """How long one call took."""
     start = time.perf_counter()
     call(argument)
     return time.perf_counter() - start

@@ -1,0 +1,161 @@
+"""How each system compresses the model to 4 bits in groups of 64."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import trimtab
+from trimtab import models
+from trimtab.evaluation.compress_time.measure import Setting
+from trimtab.evaluation.weight_decode.quantizing import HEAD, linears
+from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.weights import compress
+from trimtab.weights.gptq import Gptq
+from trimtab.weights.loftq import Loftq
+
+TOKENS_FILE = "tokens.safetensors"
+
+
+def write_tokens(directory: Path, tokens: Tensor) -> None:
+    """Keep the calibration tokens, int64 [sequences, length], beside the model."""
+    save_file({"tokens": tokens.contiguous()}, directory / TOKENS_FILE)
+
+
+class TorchSession:
+    """A transformers model and the calibration tokens."""
+
+    library = "trimtab"
+
+    def __init__(self, directory: Path, setting: Setting) -> None:
+        self.directory, self.setting = directory, setting
+        self.model: Any = models.load(directory)
+        self.tokens = load_file(directory / TOKENS_FILE)["tokens"]
+
+    def compressed(self) -> Iterator[tuple[str, Tensor]]:
+        """Name of each compressed layer, and the dense float32 weight that it stands for."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, CompressedLinear):
+                yield name, module.dequantize()
+
+    def weight_error(self) -> float:
+        """sum |W~ - W|^2 / sum |W|^2; the model is read again for W. NaN if a layer is missing."""
+        original = models.load(self.directory)
+        missing = sum(1 for _ in linears(original))
+        error, total = 0.0, 0.0
+        for name, found in self.compressed():
+            missing -= 1
+            weight = original.get_submodule(name).weight.detach().float()  # type: ignore[operator,union-attr]
+            error += float((found.float() - weight).square().sum())
+            total += float(weight.square().sum())
+        return float("nan") if missing else error / total
+
+    def facts(self) -> dict[str, Any]:
+        """The library's version."""
+        own = self.library == "trimtab"
+        version = trimtab.__version__ if own else importlib.metadata.version(self.library)
+        return {"library": f"{self.library} {version}"}
+
+
+class TrimtabGptq(TorchSession):
+    """gptq, block after block with inputs of the compressed blocks before; symmetric, as the other one."""
+
+    def compress(self) -> None:
+        """As tt.compress does."""
+        method = Gptq(bits=4, group_size=self.setting.group_size, symmetric=True)
+        compress(self.model, method, calibration=CalibrationSet.from_tokens(self.tokens), progress=False)
+
+
+class LlmcompressorGptq(TorchSession):
+    """llmcompressor's GPTQ with its defaults (sequential, static order by activation)."""
+
+    library = "llmcompressor"
+
+    def compress(self) -> None:
+        """As its `oneshot` does; it leaves rounded dense weights in the model."""
+        llmcompressor: Any = importlib.import_module("llmcompressor")
+        gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
+        quantization: Any = importlib.import_module("compressed_tensors.quantization")
+        datasets: Any = importlib.import_module("datasets")
+        weights = quantization.QuantizationArgs(
+            num_bits=4, type="int", symmetric=True, strategy="group", group_size=self.setting.group_size
+        )
+        scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+        rows = self.tokens.tolist()
+        data = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+        llmcompressor.oneshot(
+            model=self.model,
+            dataset=data,
+            recipe=gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=[HEAD]),
+            max_seq_length=self.setting.length,
+            num_calibration_samples=len(rows),
+            shuffle_calibration_samples=False,
+        )
+
+    def compressed(self) -> Iterator[tuple[str, Tensor]]:
+        """Linears with a scale."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and hasattr(module, "weight_scale"):
+                yield name, module.weight.detach()
+
+
+class TrimtabLoftq(TorchSession):
+    """loftq with NF4, as peft's."""
+
+    def compress(self) -> None:
+        """As tt.compress does."""
+        setting = self.setting
+        method = Loftq(bits=4, group_size=setting.group_size, rank=setting.rank, iterations=setting.iterations)
+        compress(self.model, method, progress=False)
+
+
+class PeftLoftq(TorchSession):
+    """peft's LoftQ: NF4 in blocks of 64 and a LoRA adapter. It names a GPU where it computes; here it gets the CPU."""
+
+    library = "peft"
+
+    def compress(self) -> None:
+        """As `get_peft_model` with `init_lora_weights="loftq"` does; it leaves rounded dense weights in the model."""
+        peft: Any = importlib.import_module("peft")
+        setting = self.setting
+        names = sorted({attribute for _, attribute, _ in linears(self.model)})
+        config = peft.LoraConfig(
+            r=setting.rank,
+            lora_alpha=setting.rank,
+            target_modules=names,
+            init_lora_weights="loftq",
+            loftq_config=peft.LoftQConfig(loftq_bits=4, loftq_iter=setting.iterations),
+        )
+        with _OnTheCpu():
+            self.model = peft.get_peft_model(self.model, config)
+
+    def compressed(self) -> Iterator[tuple[str, Tensor]]:
+        """Base weight and adapter together."""
+        for name, module in self.model.base_model.model.named_modules():
+            if hasattr(module, "lora_A"):
+                factors = [getattr(module, part)["default"].weight.detach().float() for part in ("lora_B", "lora_A")]
+                scaling = float(module.scaling["default"])
+                yield name, module.base_layer.weight.detach().float() + scaling * (factors[0] @ factors[1])
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """Moves that name a CUDA device go to the CPU."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def on_cpu(value: Any) -> Any:
+            named = value == "cuda" or (isinstance(value, torch.device) and value.type == "cuda")
+            return torch.device("cpu") if named else value
+
+        plain = {name: value if isinstance(value, Tensor) else on_cpu(value) for name, value in (kwargs or {}).items()}
+        return function(*(arg if isinstance(arg, Tensor) else on_cpu(arg) for arg in args), **plain)

@@ -1,0 +1,77 @@
+"""trimtab's representations, with low-rank and outlier terms and a compressed cache where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from trimtab import models
+from trimtab.core.registry import method_class
+from trimtab.evaluation.weight_decode.measure import Setting
+from trimtab.evaluation.weight_decode.peer_sessions import WeightSession
+from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.fast_linear import use_fast_linear
+from trimtab.tensors.base import Part
+from trimtab.tensors.compressed import CompressedTensor
+from trimtab.tensors.low_rank import LowRank
+from trimtab.tensors.sparse import SparseOutliers
+from trimtab.weights import compress
+
+
+def open_trimtab(
+    directory: Path,
+    setting: Setting,
+    *,
+    method: str,
+    settings: Mapping[str, Any],
+    rank: int = 0,
+    outliers: float = 0.0,
+    cache: Mapping[str, Any] | None = None,
+) -> WeightSession:
+    """The model compressed by a method of the room `weights` that needs no data.
+
+    rank, outliers   of the terms added to every layer: a low-rank part, and this share of the entries kept exactly
+    cache            {"method", "options"} of a method of the room `cache`; None: transformers' own, in 16 bits
+    """
+    model = models.load(directory)
+    dense = {name: linear.weight.detach() for name, linear in model.named_modules() if isinstance(linear, nn.Linear)}
+    chosen: Any = method_class(method)
+    compress(model, chosen(**settings), progress=False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CompressedLinear) and (rank or outliers):
+            _replace(model, name, with_terms(layer, dense[name], rank, outliers))
+    dense.clear()
+    return WeightSession(model, _caches(model, cache), library="trimtab", fast=use_fast_linear(model))
+
+
+def with_terms(layer: CompressedLinear, weight: Tensor, rank: int, outliers: float) -> CompressedLinear:
+    """The layer with what its parts leave of `weight` [out, in] in two more terms, found in one cheap pass each."""
+    parts: list[Part] = list(layer.tensor.parts)
+    error = weight.float() - layer.dequantize()
+    if outliers:
+        kept = SparseOutliers.select(error, outliers)
+        parts.append(kept)
+        error = error - kept.dequantize()
+    if rank:
+        # one step of a randomized range finder: its speed is the same as that of the best factors
+        probe = torch.randn(error.shape[1], rank, generator=torch.Generator().manual_seed(rank))
+        basis = torch.linalg.qr(error @ probe).Q
+        parts.append(LowRank(basis.bfloat16(), (basis.t() @ error).bfloat16()))
+    return CompressedLinear(CompressedTensor(tuple(parts), layer.tensor.transform), layer.bias)
+
+
+def _replace(model: PreTrainedModel, name: str, layer: CompressedLinear) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+def _caches(model: PreTrainedModel, cache: Mapping[str, Any] | None) -> Callable[[], Any]:
+    if cache is None:
+        return lambda: DynamicCache(config=model.config)
+    method: Any = method_class(cache["method"])(**cache["options"])
+    return lambda: method.new(model)
