@@ -70,11 +70,11 @@ class BlockStream:
         self._hidden: list[Tensor | None] = [None] * self._chunks
 
     def gather(
-        self, block: BlockView, needs: Mapping[str, Iterable[Need]], *, advance: bool = False
+        self, block: BlockView, needs: Mapping[str, Iterable[Need]], *, advance: bool = False, first: int = 0
     ) -> dict[str, Stats]:
         """Statistics of sites of `block`, the next block of the stream; with `advance` moves to the one after it.
 
-        `needs` is site -> statistics. Without `advance` the block runs as far as the last of these sites. Raises
+        `needs` is site -> statistics; positions before `first` do not count in them. Without `advance` the block runs as far as the last of these sites. Raises
         NumericsError naming the module whose input is NaN or infinite.
         """
         wanted = {site: frozenset(n) for site, n in needs.items() if n}
@@ -87,7 +87,8 @@ class BlockStream:
         mask = self.calibration.mask
 
         def take(site: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            accumulators[site].update(arguments[0], mask, module=members[site].name)
+            counted = mask & (torch.arange(mask.shape[1]) >= first)
+            accumulators[site].update(arguments[0], counted, module=members[site].name)
             if site == last and not advance:
                 raise _Gathered
 

@@ -27,9 +27,9 @@ class BlockRun:
     stream: BlockStream
     seed: int
 
-    def gather(self, needs: Mapping[str, Iterable[Need]]) -> dict[str, Stats]:
-        """Statistics of sites of the block as it is now: site -> what is wanted of it."""
-        return self.stream.gather(self.block, needs)
+    def gather(self, needs: Mapping[str, Iterable[Need]], *, first: int = 0) -> dict[str, Stats]:
+        """Statistics of sites of the block as it is now, from position `first` on: site -> what is wanted of it."""
+        return self.stream.gather(self.block, needs, first=first)
 
     def capture(self, module: nn.Module, *, sequences: int) -> list[CapturedCall]:
         """What `module`, one of the block, is called with on the first `sequences` sequences, and what it puts out.
