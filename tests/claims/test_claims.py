@@ -67,6 +67,8 @@ NEGATIVE = (
     "Retrieval heads are sparse",
     "At equal bytes the low-rank part lowers",
     "Levels learnt by k-means weighted",
+    "At equal bytes the correction is worth more",
+    "Without data it competes with methods that calibrate",
 )
 """How those claims begin that do not hold on models as small as the reference ones; the journal says why."""
 
