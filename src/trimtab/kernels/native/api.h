@@ -6,7 +6,7 @@
 #define TT_ABI 2
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4 };
+enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4, TT_BAD_INDEX = 5 };
 
 // Instruction sets, ascending. As an argument: use none above this one. TT_ISA_BEST: the best the machine has.
 enum { TT_ISA_BEST = -1, TT_ISA_SCALAR = 0, TT_ISA_AVX2 = 1, TT_ISA_AVX512 = 2, TT_ISA_AVX512_BF16 = 3 };
@@ -30,6 +30,16 @@ struct tt_linear_problem {
   int32_t isa;
 };
 
+struct tt_int_problem {
+  int64_t out_features, in_features;  // of the weight
+  int64_t width;                      // of x: in_features, unless inputs are gathered
+  int32_t bits, x_bits;               // 2, 3, 4, 8; 2 to 8
+  int32_t x_dtype, scale_dtype;       // as in tt_grid_problem
+  int32_t x_symmetric;
+  int32_t index_bytes;                // of one entry of the index: 4, 8
+  int32_t isa;
+};
+
 TT_EXPORT int32_t tt_abi();
 TT_EXPORT int32_t tt_openmp();                  // 1 if built with threads
 TT_EXPORT int32_t tt_has_isa(int32_t isa);      // 1 if built for it and the machine has it
@@ -46,6 +56,12 @@ TT_EXPORT int32_t tt_grid_dequantize(const tt_grid_weight* weight, int64_t first
 // x [rows][in], weight [out][in], bias [out] or null, out [rows][out]; all contiguous, 1 to 8 rows. Returns as above.
 TT_EXPORT int32_t tt_half_linear(const tt_linear_problem* problem, const void* x, const void* weight, const void* bias,
                                  void* out, int64_t rows, int32_t threads);
+
+// x [batch][width], packed [out][row bytes], scales [out], index [in] or null, row_sums [out] or null, out [batch][out];
+// all contiguous. x_scale 0: each row's own. Returns as above, TT_BAD_INDEX for an entry that is not below `width`.
+TT_EXPORT int32_t tt_int_matmul(const tt_int_problem* problem, const void* x, const void* packed, const void* scales,
+                                const void* index, const int32_t* row_sums, void* out, int64_t batch, float x_scale,
+                                int32_t threads);
 
 // kv_attention. Layouts and meaning of the fields: kv_attention/run.py. Absent tensors are null, absent numbers 0, an
 // absent first_position -1. Dtypes as in tt_grid_weight.
