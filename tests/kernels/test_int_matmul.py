@@ -124,7 +124,7 @@ def test_the_largest_products_do_not_saturate(isa: str, bits: int, sign: int) ->
     for code in (0, 2**bits - 1):
         packed = pack(torch.full((4, width), code, dtype=torch.uint8), bits)
         x = torch.full((9, width), sign * 127.0)
-        options = {"bits": bits, "in_features": width, "x_bits": 8}
+        options: dict[str, Any] = {"bits": bits, "in_features": width, "x_bits": 8}
         found = native.int_matmul_native(x, packed, torch.ones(4), x_scale=1.0, **options)
         assert (found == sign * 127 * (code - 2 ** (bits - 1)) * width).all()
         mixed = torch.tensor([-50.0, 205.0]).repeat(9, width // 2)  # codes 0 and 255 with step 1 and zero point 50
@@ -156,7 +156,7 @@ def test_index_gathers_rounded_inputs(isa: str, index_dtype: torch.dtype, wider:
 def test_row_sums_given_are_row_sums_computed(isa: str) -> None:
     codes, packed, scales = weight(45, 300, 4)
     x = inputs(10, 300, torch.float32) + 2
-    options = {"bits": 4, "in_features": 300, "x_bits": 4, "x_symmetric": False}
+    options: dict[str, Any] = {"bits": 4, "in_features": 300, "x_bits": 4, "x_symmetric": False}
     sums = (codes.long() - 8).sum(1).int()
     found = native.int_matmul_native(x, packed, scales, **options)
     assert same(native.int_matmul_native(x, packed, scales, row_sums=sums, **options), found)
@@ -202,7 +202,7 @@ def test_more_rows_than_are_rounded_together() -> None:
     """8 MiB of rounded inputs are one pass over the weight."""
     _, packed, scales = weight(3, 4096, 4)
     x = inputs(1, 4096, torch.bfloat16) * torch.linspace(0.1, 2, 4100).bfloat16()[:, None]
-    options = {"bits": 4, "in_features": 4096, "x_bits": 8}
+    options: dict[str, Any] = {"bits": 4, "in_features": 4096, "x_bits": 8}
     assert same(
         native.int_matmul_native(x, packed, scales, x_scale=0.01, **options),
         int_matmul_reference(x, packed, scales, x_scale=0.01, **options),
@@ -213,7 +213,7 @@ def test_more_rows_than_are_rounded_together() -> None:
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 def test_scale_dtypes_strides_and_leading_axes(scale_dtype: torch.dtype) -> None:
     _, packed, scales = weight(9, 192, 4, scale_dtype)
-    options = {"bits": 4, "in_features": 192, "x_bits": 8}
+    options: dict[str, Any] = {"bits": 4, "in_features": 192, "x_bits": 8}
     x = inputs(192, 6, torch.float32).T.reshape(2, 3, 192)
     for case in (x, x.transpose(0, 1), x[0, 0], x[:0], inputs(4, 384, torch.float16)[:, ::2]):
         found = int_matmul(case, packed, scales, **options)

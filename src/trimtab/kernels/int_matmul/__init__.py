@@ -57,7 +57,7 @@ def int_matmul(
 
     Ties are rounded to even. Sums of products are exact (up to 2^31 in magnitude); the sum, z included, is rounded to
     float32, then multiplied by weight_scales[o], then by s[t]. A row with NaN, or with infinity where it finds its own
-    scale, gives NaN; a static scale clips infinity. There are no gradients. Raises ConfigError for shapes, dtypes and
+    scale, gives NaN; a static scale clips infinity. Rounding has no gradient. Raises ConfigError for shapes, dtypes and
     options that do not fit each other and for an index beyond x, KernelUnavailable if the environment demands a backend
     that cannot run this.
     """
@@ -115,9 +115,13 @@ def _check(
     if tuple(scales) != (packed[0],):
         raise ConfigError(f"weight_scales are {list(scales)}; packed codes of {list(packed)} take [{packed[0]}].")
     if index is None and tuple(last) != (in_features,):
-        raise ConfigError(f"x ends in {list(last)}, but the weight has in_features={in_features} and there is no index.")
+        raise ConfigError(
+            f"x ends in {list(last)}, but the weight has in_features={in_features} and there is no index."
+        )
     if index is not None and (tuple(index[0]) != (in_features,) or index[1] not in _INDEX_DTYPES):
-        raise ConfigError(f"index is {index[1]} {list(index[0])}; in_features={in_features} takes int32 [{in_features}].")
+        raise ConfigError(
+            f"index is {index[1]} {list(index[0])}; in_features={in_features} takes int32 [{in_features}]."
+        )
     if len(last) != 1 or not last[0]:
         raise ConfigError(f"x ends in {list(last)}; it must have at least one input.")
     if row_sums is not None and (tuple(row_sums[0]) != (packed[0],) or row_sums[1] != torch.int32):

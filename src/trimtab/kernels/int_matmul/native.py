@@ -1,8 +1,9 @@
 """The C++ kernels of native/int_matmul.cpp on CPU tensors, through ctypes.
 
 Rounding of x, gathering and the products are one call. Products of bytes are added by fours where the processor has
-AVX-512 VNNI, else by twos. Results are those of the reference to the last bit, whatever the instruction set, the number of
-threads and the other rows of x. Any number of rows runs here: codes are unpacked in registers, for eight rows at a time.
+AVX-512 VNNI, else by twos. Results are those of the reference to the last bit, whatever the instruction set, the number
+of threads and the other rows of x. Any number of rows runs here: codes are unpacked in registers, for eight rows at a
+time.
 """
 
 from __future__ import annotations

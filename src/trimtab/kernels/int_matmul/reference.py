@@ -12,9 +12,7 @@ SCALE_LIMITS = (1e-5, 1e4)
 """Of a scale between a row's smallest and largest input, from QLLM."""
 
 
-def round_inputs(
-    x: Tensor, *, x_bits: int, x_scale: float | None, x_symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def round_inputs(x: Tensor, *, x_bits: int, x_scale: float | None, x_symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(q, scale, zero): q [..., width] whole numbers, scale and zero [..., 1], all float32; x ~ scale * (q - zero).
 
     The scale of a row that cannot be rounded is NaN.
@@ -27,7 +25,11 @@ def round_inputs(
         scale = ((largest - smallest) / top).clamp(*SCALE_LIMITS)
         zero = (-smallest / scale).round()
         q = ((x / scale).round() + zero).clamp(0, top)
-        return q.nan_to_num(0.0), torch.where(smallest.isfinite() & largest.isfinite(), scale, nan), zero.nan_to_num(0.0)
+        return (
+            q.nan_to_num(0.0),
+            torch.where(smallest.isfinite() & largest.isfinite(), scale, nan),
+            zero.nan_to_num(0.0),
+        )
     top = 2.0 ** (x_bits - 1) - 1
     magnitude = torch.maximum(largest, -smallest)
     if x_scale is None:

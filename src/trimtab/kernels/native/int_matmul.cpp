@@ -13,6 +13,7 @@ namespace trimtab {
 namespace {
 
 constexpr int64_t kPanelBytes = 256 << 10;    // packed rows that stay in the second-level cache between batch tiles
+constexpr int64_t kPanelRows = 12;            // a panel is a multiple of them: whole tiles of 2, 3 or 4 rows
 constexpr int64_t kInputBytes = 8 << 20;      // rounded inputs that one pass over the weight takes
 constexpr int64_t kSerialProducts = 1 << 17;  // below this, starting threads costs more than they save
 
@@ -206,7 +207,7 @@ void run_job(const Job& job, int64_t batch, int threads) {
       });
       barrier();
       const bool once = width_index(size) != 3 && size == kWidths[width_index(size)] && !job.wants_row_sums();
-      const int64_t panel = once ? end - begin : std::max<int64_t>(8, kPanelBytes / job.row_bytes() / 8 * 8);
+      const int64_t panel = once ? end - begin : std::max(kPanelRows, kPanelBytes / job.row_bytes() / kPanelRows * kPanelRows);
       for (int64_t row = begin; row < end; row += panel) {
         run_panel(job, {x, scales, sums}, start, size, row, std::min(row + panel, end));
       }
