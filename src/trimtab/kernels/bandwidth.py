@@ -8,12 +8,13 @@ import torch
 
 from trimtab.core.errors import KernelUnavailable
 from trimtab.kernels import library
+from trimtab.kernels.codebook_matmul import CODEBOOK_MATMUL
 from trimtab.kernels.grid_matmul import GRID_MATMUL
 from trimtab.kernels.half_linear import HALF_LINEAR
 from trimtab.kernels.int_matmul import INT_MATMUL
 from trimtab.kernels.kv_attention import KV_ATTENTION
 
-OPERATIONS = (GRID_MATMUL, HALF_LINEAR, INT_MATMUL, KV_ATTENTION)
+OPERATIONS = (CODEBOOK_MATMUL, GRID_MATMUL, HALF_LINEAR, INT_MATMUL, KV_ATTENTION)
 _BUFFER_BYTES = 256 << 20  # several times the last-level cache of most machines
 _ROUNDS = 7
 

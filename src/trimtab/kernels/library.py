@@ -74,6 +74,22 @@ class IntProblem(ctypes.Structure):
     )
 
 
+class CodebookProblem(ctypes.Structure):
+    """tt_codebook_problem of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("books", ctypes.c_int64),
+        ("entries", ctypes.c_int64),
+        ("group_size", ctypes.c_int32),
+        ("code_bytes", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
 def _places() -> list[Path]:
     """Beside this file; an editable installation leaves it in site-packages instead."""
     roots = [sysconfig.get_paths()["platlib"], *site.getsitepackages()]
@@ -88,6 +104,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_grid_matmul": (i32, (pointer, i64, pointer, pointer, i64, i32, i32, i32)),
         "tt_grid_dequantize": (i32, (pointer, i64, i64, pointer, i32, i32, i32)),
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_codebook_matmul": (i32, (*[pointer] * 6, i64, i32)),
+        "tt_codebook_dequantize": (i32, (*[pointer] * 5, i64, i32)),
         "tt_int_matmul": (i32, (*[pointer] * 7, i64, ctypes.c_float, i32)),
         "tt_kv_attention": (i32, (pointer, pointer, pointer, pointer, i32)),
         "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),

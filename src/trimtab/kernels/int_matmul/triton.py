@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.kernels.grid_matmul.triton import _interpreted as interpreted
-from trimtab.kernels.grid_matmul.triton import _wanted_programs as wanted_programs
-from trimtab.kernels.grid_matmul.triton import absent
+from trimtab.kernels.grid_matmul.triton import _interpreted, _wanted_programs, absent
 from trimtab.kernels.int_matmul.reference import check_index, round_inputs
 from trimtab.kernels.packing import LANES, codes_per_lane, words_per_lane
 
@@ -36,7 +34,7 @@ def refuses(
     row_sums: Tensor | None = None,
 ) -> str | None:
     """Why these arguments need another backend, or None."""
-    wanted = "cpu" if interpreted() else "cuda"
+    wanted = "cpu" if _interpreted() else "cuda"
     tensors = {"x": x, "packed": packed, "weight_scales": weight_scales, "index": index, "row_sums": row_sums}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -99,7 +97,7 @@ def _whole_products(inputs: Tensor, packed: Tensor, bits: int, in_features: int)
     block_b = (16 if rows <= 16 else 32) if use_dot else (1 if rows == 1 else 2)
     block_o = 64 if use_dot else 32
     tiles = -(-out_features // block_o) * -(-rows // block_b)
-    splits = max(1, min(_MAX_SPLITS, blocks, wanted_programs(inputs.device) // tiles))
+    splits = max(1, min(_MAX_SPLITS, blocks, _wanted_programs(inputs.device) // tiles))
     per_split = max(1, -(-blocks // splits))
     splits = max(1, -(-blocks // per_split))
     partial = torch.empty((splits, rows, out_features), dtype=torch.int32, device=inputs.device)

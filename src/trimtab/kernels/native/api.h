@@ -34,9 +34,18 @@ struct tt_int_problem {
   int64_t out_features, in_features;  // of the weight
   int64_t width;                      // of x: in_features, unless inputs are gathered
   int32_t bits, x_bits;               // 2, 3, 4, 8; 2 to 8
-  int32_t x_dtype, scale_dtype;       // as in tt_grid_problem
+  int32_t x_dtype, scale_dtype;       // as in tt_grid_weight
   int32_t x_symmetric;
   int32_t index_bytes;                // of one entry of the index: 4, 8
+  int32_t isa;
+};
+
+struct tt_codebook_problem {
+  int64_t out_features, in_features;
+  int64_t books, entries;        // codes of a group; vectors of a codebook, a power of two
+  int32_t group_size;            // numbers of a vector: 4, 8, 16
+  int32_t code_bytes;            // 1: at most 256 entries; 2
+  int32_t x_dtype, scale_dtype;  // as in tt_grid_weight
   int32_t isa;
 };
 
@@ -62,6 +71,17 @@ TT_EXPORT int32_t tt_half_linear(const tt_linear_problem* problem, const void* x
 TT_EXPORT int32_t tt_int_matmul(const tt_int_problem* problem, const void* x, const void* packed, const void* scales,
                                 const void* index, const int32_t* row_sums, void* out, int64_t batch, float x_scale,
                                 int32_t threads);
+
+// x [batch][in], codes uint8 or uint16 [out][in / group_size][books], codebooks float16 [books][entries][group_size],
+// scales [out], out [batch][out]; all contiguous. Returns as above. A code is taken modulo `entries`; one of a byte
+// beyond them names zeros.
+TT_EXPORT int32_t tt_codebook_matmul(const tt_codebook_problem* problem, const void* x, const void* codes,
+                                     const void* codebooks, const void* scales, void* out, int64_t batch,
+                                     int32_t threads);
+
+// The dense weight [rows][in] of the first `rows` output rows, in the problem's x_dtype.
+TT_EXPORT int32_t tt_codebook_dequantize(const tt_codebook_problem* problem, const void* codes, const void* codebooks,
+                                         const void* scales, void* out, int64_t rows, int32_t threads);
 
 // kv_attention. Layouts and meaning of the fields: kv_attention/run.py. Absent tensors are null, absent numbers 0, an
 // absent first_position -1. Dtypes as in tt_grid_weight.
