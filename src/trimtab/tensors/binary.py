@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels.grid_matmul import grid_matmul
+from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 from trimtab.kernels.packing import pack, packed_bytes, unpack
 from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
 from trimtab.tensors.metric import Metric
@@ -88,20 +88,11 @@ class BinaryBases(Part):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Through the grid kernel, each row with a table of its own."""
-        return grid_matmul(
-            x,
-            self.packed,
-            self._unit_scales,
-            None,
-            bits=self.bases,
-            group_size=-1,
-            in_features=self.in_features,
-            levels=self.levels,
-        )
+        return grid_matmul_many(x, (self.grid_weight(),))[0]
 
-    @functools.cached_property
-    def _unit_scales(self) -> Tensor:
-        return torch.ones(self.shape[0], 1, device=self.alphas.device)
+    def grid_weight(self) -> GridWeight:
+        scales = torch.ones(self.shape[0], 1, device=self.alphas.device)
+        return GridWeight(self.packed, scales, None, self.bases, -1, self.in_features, self.levels)
 
     def project(
         self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False
