@@ -5,7 +5,7 @@
 
 A table stands between `<!-- results: THEME [CHOICE] -->` and `<!-- end results -->`. It is drawn from the newest file
 `benchmarks/results/THEME-MACHINE-DATE.json`, which `make results`, `make claims` and `make bench` write. The choice is
-a method, or `batch-1` for kernels.
+a method, `3-bit` for methods at that width, or `batch-1` for kernels.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def newest(theme: str) -> Document | None:
 
 
 def compare_table(document: Document, method: str | None) -> str:
-    """Rows of `trimtab compare`: the uncompressed model first; with `method`, only that method's."""
+    """Rows of `trimtab compare`: the uncompressed model first; with `method`, only that method's, or those of `3-bit`."""
     rows = [row_of(RunRecord.from_dict(record)) for record in document["records"]]
-    chosen = [row for row in rows if row.baseline or method in (None, row.method)]
+    chosen = [row for row in rows if row.baseline or method in (None, row.method, row.label.rpartition(" ")[2])]
     if all(row.baseline for row in chosen):
         return ""
     tasks = _tasks_to_show(rows)
