@@ -34,7 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pv_tuning", {"bits": 3, "base_options": ("group_size=16",), "steps": 3, "check_every": 1}),
     ("pv_tuning", {"bits": 2, "base": "vq", "base_options": ("iterations=3", "steps=3"), "steps": 2}),
     ("awq", {"bits": 4, "group_size": 16}),
-    ("awq", {"bits": 3, "group_size": -1, "symmetric": True, "scaling": "plain"}),
+    ("awq", {"bits": 3, "group_size": -1, "symmetric": True, "scaling": "duo"}),
     ("lq_lora", {"budget_bits": 3.5, "rank": 2}),
     ("lq_lora", {"budget_bits": 3.2, "rank": 1, "weighting": "none", "polish": True, "cost_iterations": 3}),
     ("mixed", {"budget": "75kB", "quantizer": "rtn", "group_sizes": (16,)}),

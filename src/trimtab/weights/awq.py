@@ -4,21 +4,22 @@ Paper: Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han, "AWQ: Activation
 Compression and Acceleration", MLSys 2024, arXiv:2306.00978.
 
 `W~ = Q(W diag(s)) diag(1/s)`: the rounding error of a column shrinks by its s, while the step of its group hardly
-grows. The division by s costs nothing, it goes into the norm in front (q, k, v; gate, up), into the rows of v (o, if every
-query head has a value head of its own) or of up (down, in gated MLPs); what is stored is an ordinary grid.
+grows. The division by s costs nothing: it goes into the norm in front (q, k, v; gate, up), into the rows of v (o, if
+every query head has a value head of its own) or of up (down, in gated MLPs). What is stored is an ordinary grid.
 
     x_j = E|x_j|                                          w_j = mean over rows of |W_oj| / max of its group
-    duo      s = x^a / (w^(1-a) + 1e-4)                   plain    s = max(x^a, 1e-4)
+    plain    s = max(x^a, 1e-4)                           duo    s = x^a / (w^(1-a) + 1e-4)
     s /= sqrt(max(s) min(s))
 
-for a = i/20, i = 0 .. 19, and s = 1. The s is kept with which the attention or the MLP as a whole puts out the least
-squared error on calibration text when all linears of the site are rounded; for o and down that is the layer's own
-output. Then every group's range is clipped: to p max|w| with p from 1 to 0.525 in steps of 0.025, the p of each group
-and row for which the group's share of the output has the least squared error on 512 sampled tokens. Not for q and k,
-whose errors meet in a product.
+for a = i/20, i = 0 .. 19, and s = 1; "plain" is the paper's form, "duo" a later one of others. The s is kept with which
+the attention or the MLP as a whole puts out the least squared error on calibration text when all linears of the site
+are rounded; for o and down that is the layer's own output. Then every group's range is clipped: to p max|w| with p from
+1 to 0.525 in steps of 0.025, the p of each group and row for which the group's share of the output has the least
+squared error on 512 sampled tokens. Not for q and k, whose errors meet in a product.
 
 Departures:
-  - The duo form at a = 0 is 1/w, not 1, so s = 1 is tried besides: the search is never worse than rounding.
+  - The duo form at a = 0 is 1/w, not 1, so s = 1 is tried besides: on the text of the search it is never worse than
+    rounding.
   - A site whose producer is shared with a layer that is not a target, or cannot be scaled, is only clipped and rounded;
     the run record says why (`scaling`). Up and down without a gate are among them, although ReLU would allow it.
   - The search runs on the first `search_sequences` calibration sequences; for o and down on all of them.
@@ -72,13 +73,13 @@ class Scaling:
 class Awq(GridMethod, BlockMethod):
     """AWQ on the grids of GridMethod, with its options (`clip` is applied within the clipped range) and:
 
-    scaling             the form of s: "duo" or "plain"; "none" leaves all channels as they are
+    scaling             the form of s: "plain" or "duo"; "none" leaves all channels as they are
     shrink              clip the range of each group to the least error of its share of the output
     search_sequences    calibration sequences on which attention and MLP are run in the search of s, at least; whole
                         chunks of 4096 tokens are run
     """
 
-    scaling: Literal["duo", "plain", "none"] = "duo"
+    scaling: Literal["plain", "duo", "none"] = "plain"
     shrink: bool = True
     search_sequences: int = 16
 
