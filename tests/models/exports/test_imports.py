@@ -17,7 +17,8 @@ from trimtab.core.errors import CheckpointError
 from trimtab.models.exports import export
 
 from ..compressing import logits
-from .making import grids, llama, same_layers
+from .making import compressed, grids, llama, same_layers
+from .readers import gptq_layers, packed_layers
 
 LAYER = "model.layers.1.mlp.gate_proj"
 Tensors = dict[str, Tensor]
@@ -110,6 +111,28 @@ def test_what_other_writers_do(edited: Callable[..., Path]) -> None:
         c["format"] = "mixed-precision"
 
     assert same_layers(tt.load(edited("compressed-tensors", sorted_groups)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("format", "scales", "symmetric"),
+    [("gptq", "scales", True), ("compressed-tensors", "weight_scale", True), ("compressed-tensors", "_scale", False)],
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_negative_and_zero_scales(
+    edited: Callable[..., Path], format: str, scales: str, symmetric: bool, bits: int
+) -> None:
+    """The weights are what the tensors say, though our scales are positive."""
+
+    def turn(t: Tensors, c: Config) -> None:
+        for name in [name for name in t if name.endswith(scales)]:
+            t[name].view(-1)[::3] *= -1
+            t[name].view(-1)[1] = 0
+
+    directory = edited(format, turn, bits=bits, symmetric=symmetric)
+    found = gptq_layers(directory) if format == "gptq" else packed_layers(directory)
+    for name, layer in compressed(tt.load(directory)).items():
+        assert torch.equal(layer.dequantize(torch.float64), torch.from_numpy(found[name]) + 0.0), name
+        layer.tensor.check()
 
 
 def test_zero_points_tell_more_than_sym(edited: Callable[..., Path]) -> None:

@@ -79,7 +79,6 @@ def _read(
         shape = (linears[name].out_features, linears[name].in_features)
         try:
             grid = reader.grid(ReadLayer(name, shape, buffers))
-            grid.check()
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(f"{source}: layer '{name}': {error}") from None
         layer = CompressedLinear(CompressedTensor((grid,)))

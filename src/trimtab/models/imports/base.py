@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError
-from trimtab.tensors.grid import GroupGrid
+from trimtab.tensors.grid import GridFormat, GroupGrid
 from trimtab.tensors.grid_format import SCALE_DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -78,3 +78,34 @@ def checked_group(group_size: object, in_features: int) -> int:
     if type(group_size) is not int or group_size < 1 or in_features % group_size:
         raise CheckpointError(f"group_size {group_size!r} does not divide {in_features} inputs.")
     return group_size
+
+
+def grid_of(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> GroupGrid:
+    """Our grid of codes [out, in], scales [out, groups] and zero points (None: symmetric), with the same values.
+
+    Our scales are positive. Some writers (auto-round) give a group a negative one, so that its extreme value meets the
+    lowest code: there codes and zero point are counted from the other end, which makes the layer asymmetric. Where a
+    scale is 0 all codes become the zero point, and the scale 1. Raises CheckpointError for NaN and infinity.
+    """
+    length, highest = codes.shape[1] // scales.shape[1], (1 << bits) - 1
+    if bool((scales < 0).any()):
+        zeros = torch.full(scales.shape, 1 << bits - 1, dtype=torch.uint8) if zeros is None else zeros
+        negative = scales < 0
+        zeros = torch.where(negative, highest - zeros, zeros)
+        codes = torch.where(negative.repeat_interleave(length, dim=1), highest - codes, codes)
+    if bool((scales == 0).any()):
+        zero = torch.full(scales.shape, 1 << bits - 1, dtype=torch.uint8) if zeros is None else zeros
+        dead = (scales == 0).repeat_interleave(length, dim=1)
+        codes = torch.where(dead, zero.repeat_interleave(length, dim=1), codes)
+    stored = torch.where(scales == 0, 1, scales.abs())
+    fmt = GridFormat.from_options(
+        {
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": zeros is None,
+            "scale_dtype": DTYPE_NAMES[scales.dtype],
+        }
+    )
+    grid = GroupGrid.from_codes(codes, stored, zeros, fmt)
+    grid.check()
+    return grid

@@ -11,8 +11,8 @@ import torch
 from trimtab.core.errors import CheckpointError
 from trimtab.models.exports.bit_stream import stream_words, unpack_stream
 from trimtab.models.exports.compressed_tensors import LAYOUT
-from trimtab.models.imports.base import DTYPE_NAMES, Reader, ReadLayer, checked_bits, checked_group
-from trimtab.tensors.grid import GridFormat, GroupGrid
+from trimtab.models.imports.base import Reader, ReadLayer, checked_bits, checked_group, grid_of
+from trimtab.tensors.grid import GroupGrid
 
 
 class PackReader(Reader):
@@ -63,10 +63,7 @@ class PackReader(Reader):
         if not symmetric:
             words = layer.tensor("weight_zero_point", (stream_words(out_features, bits), groups), torch.int32)
             zeros = unpack_stream(words.t().contiguous(), bits, out_features).t().contiguous()
-        fmt = GridFormat.from_options(
-            {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": DTYPE_NAMES[scales.dtype]}
-        )
-        return GroupGrid.from_codes(unpack_stream(packed, bits, in_features), scales, zeros, fmt)
+        return grid_of(unpack_stream(packed, bits, in_features), scales, zeros, bits, group_size)
 
     def _weights(self, name: str) -> Mapping[str, Any]:
         for group in self._groups:

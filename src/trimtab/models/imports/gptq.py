@@ -12,8 +12,8 @@ import torch
 
 from trimtab.core.errors import CheckpointError
 from trimtab.models.exports.bit_stream import stream_words, unpack_stream
-from trimtab.models.imports.base import DTYPE_NAMES, Reader, ReadLayer, checked_bits, checked_group
-from trimtab.tensors.grid import GridFormat, GroupGrid
+from trimtab.models.imports.base import Reader, ReadLayer, checked_bits, checked_group, grid_of
+from trimtab.tensors.grid import GroupGrid
 
 _VERSIONS = ("gptq", "gptq_v2")
 
@@ -56,8 +56,6 @@ class GptqReader(Reader):
         if self._version == "gptq":
             zeros = (zeros + 1) & (1 << bits) - 1
         symmetric = self._symmetric and bool((zeros == 1 << bits - 1).all())
-        fmt = GridFormat.from_options(
-            {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": DTYPE_NAMES[scales.dtype]}
-        )
         codes = unpack_stream(qweight.t().contiguous(), bits, in_features)
-        return GroupGrid.from_codes(codes, scales.t().contiguous(), None if symmetric else zeros.t().contiguous(), fmt)
+        own_zeros = None if symmetric else zeros.t().contiguous()
+        return grid_of(codes, scales.t().contiguous(), own_zeros, bits, group_size)
