@@ -19,8 +19,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> bench.Shape:
 
 
 def test_entries_and_files(small: bench.Shape, tmp_path: Path) -> None:
-    entries = bench.grid_matmul_bench([small], [3, 4])
-    assert [entry["system"] for entry in entries] == ["trimtab/grid-3", "trimtab/grid-4", "torch/bf16-linear"]
+    entries = bench.grid_matmul_bench([small], [bench.Form(3), bench.Form(4), bench.Form(4, "levels")])
+    systems = ["trimtab/grid-3", "trimtab/grid-4", "trimtab/grid-4-levels", "torch/bf16-linear"]
+    assert [entry["system"] for entry in entries] == systems
+    assert entries[-1]["time_of_torch"] == 1
     for entry in entries:
         assert entry["bench"] == "grid-matmul"
         assert entry["decode_ms_median"] > 0
@@ -28,7 +30,18 @@ def test_entries_and_files(small: bench.Shape, tmp_path: Path) -> None:
     assert entries[1]["weight_bytes"] == 96 * (128 + 2 * 4)
     data, table = bench.write(entries, tmp_path)
     assert json.loads(data.read_text())["entries"] == entries
-    assert table.read_text().count("trimtab/grid-") == 2
+    assert table.read_text().count("trimtab/grid-") == 3
+
+
+def test_several_weights_of_one_input(small: bench.Shape) -> None:
+    entries = bench.grid_many_bench([(small, small)], [bench.Form(4)])
+    assert [entry["system"].removeprefix("trimtab/grid-4-") for entry in entries] == [
+        "separate",
+        "one-call",
+        "prepared",
+        "torch/bf16-linear",
+    ]
+    assert {entry["weight_bytes"] for entry in entries[:3]} == {2 * 96 * (128 + 2 * 4)}
 
 
 def test_half_linear_entries(small: bench.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,10 +58,10 @@ def test_no_speed_when_parity_is_red(small: bench.Shape, monkeypatch: pytest.Mon
     right = bench.grid_matmul_many
     monkeypatch.setattr(bench, "grid_matmul_many", lambda *a: (right(*a)[0] * 1.01,))
     with pytest.raises(NumericsError, match="speed is not reported"):
-        bench.grid_matmul_bench([small], [4])
+        bench.grid_matmul_bench([small], [bench.Form(4)])
     monkeypatch.setattr(bench, "grid_matmul_many", lambda *a: (right(*a)[0] * float("nan"),))
     with pytest.raises(NumericsError):
-        bench.grid_matmul_bench([small], [4])
+        bench.grid_matmul_bench([small], [bench.Form(4)])
 
 
 def test_unknown_benchmark() -> None:

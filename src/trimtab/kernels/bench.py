@@ -14,7 +14,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from trimtab.core.files import write_text_atomically
 from trimtab.core.run_record import machine, versions
 from trimtab.kernels.bandwidth import read_bandwidth_gbps
 from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
+from trimtab.kernels.grid_matmul.prepared import PreparedGrids
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
 from trimtab.kernels.half_linear import half_linear
 from trimtab.kernels.half_linear.reference import half_linear_reference
@@ -36,8 +37,13 @@ RMS_BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Relative RMS error against the float32 reference that every backend stays below; the rounding of the result in x's
 dtype takes most of it. Parity tests use the same numbers."""
 
-_TRAFFIC_BYTES = 1 << 30  # distinct weight bytes read between two uses of one matrix: no cache holds them
+_TRAFFIC_BYTES = 1 << 28  # distinct weight bytes read between two uses of one matrix: no cache holds them
 _CHECKED_ROWS = 64  # output rows whose results are compared; the kernels treat all rows alike
+_TURNS = 30  # timed calls of each system
+_TORCH = "torch/bf16-linear"
+
+Calls = tuple[list[Callable[[], object]], int]
+"""One call per distinct matrix, and the bytes of the weights of one call."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,79 @@ class Shape:
         return f"{self.out_features}x{self.in_features}, batch {self.batch}"
 
 
-SHAPES = (Shape(4096, 11008, 1), Shape(4096, 11008, 8), Shape(4096, 11008, 64))
-BITS = (2, 3, 4, 8)
+@dataclass(frozen=True)
+class Form:
+    """What codes mean: `kind` is "symmetric", "zeros" (float16 zero points) or "levels" (one table for all rows)."""
+
+    bits: int
+    kind: str = "symmetric"
+
+    def __str__(self) -> str:
+        return f"grid-{self.bits}" + ("" if self.kind == "symmetric" else f"-{self.kind}")
+
+    def weight(self, shape: Shape, seed: int) -> GridWeight:
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns, size = shape.out_features, shape.in_features, shape.group_size
+        groups = 1 if size == -1 else columns // size
+        length = packed_bytes(columns, self.bits)
+        packed = torch.randint(0, 256, (rows, length), dtype=torch.uint8, generator=generator)
+        scales = (torch.rand(rows, groups, generator=generator) + 0.5).half()
+        zeros = (torch.rand(rows, groups, generator=generator) * 2**self.bits).half() if self.kind == "zeros" else None
+        levels = torch.randn(2**self.bits, generator=generator) if self.kind == "levels" else None
+        return GridWeight(packed, scales, zeros, self.bits, size, columns, levels)
+
+
+PLAIN = tuple(Form(bits) for bits in (2, 3, 4, 8))
+FORMS = (*PLAIN, *(Form(bits, "levels") for bits in (2, 3, 4)), Form(4, "zeros"))
+SHAPES = tuple(Shape(4096, 11008, batch) for batch in (1, 8, 16, 32, 64))
+GROUPED_SHAPES = tuple(Shape(4096, 11008, 1, size) for size in (32, 128, -1))
+PREFILL_SHAPES = (Shape(2048, 5632, 512), Shape(5632, 2048, 512))
+MANY_SHAPES = (
+    (Shape(2048, 2048, 1), Shape(256, 2048, 1), Shape(256, 2048, 1)),  # query, key, value
+    (Shape(5632, 2048, 1), Shape(5632, 2048, 1)),  # gate, up
+)
 HALF_SHAPES = tuple(Shape(*size, batch) for size in ((4096, 11008), (1024, 1024), (2816, 1024)) for batch in (1, 8))
 
 
-def grid_matmul_bench(shapes: Sequence[Shape] = SHAPES, bits: Sequence[int] = BITS) -> list[dict[str, Any]]:
-    """Packed weights of each number of bits, and torch's bfloat16 linear on the same shapes."""
+def grid_matmul_bench(shapes: Sequence[Shape] = SHAPES, forms: Sequence[Form] = PLAIN) -> list[dict[str, Any]]:
+    """Packed weights of each form, and torch's bfloat16 linear on the same shapes."""
+    return _grid_bench("grid-matmul", shapes, forms)
+
+
+def grid_forms_bench() -> list[dict[str, Any]]:
+    """As grid-matmul at batch 1, with levels and zero points, and with other groups."""
+    return _grid_bench("grid-forms", [SHAPES[0], *GROUPED_SHAPES], FORMS)
+
+
+def grid_prefill_bench(shapes: Sequence[Shape] = PREFILL_SHAPES, forms: Sequence[Form] = FORMS) -> list[dict[str, Any]]:
+    """As grid-matmul with the rows of a prompt, where arithmetic is the limit."""
+    return _grid_bench("grid-prefill", shapes, forms)
+
+
+def _grid_bench(bench: str, shapes: Sequence[Shape], forms: Sequence[Form]) -> list[dict[str, Any]]:
     entries = []
     for shape in shapes:
-        what = ("grid-matmul", f"{shape}, group {shape.group_size}", read_bandwidth_gbps())
         x = _inputs(shape)
-        entries += [_time(f"trimtab/grid-{b}", *what, *_grid_calls(shape, b, x)) for b in bits]
-        torch_calls = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, "bf16-linear")
-        entries.append(_time("torch/bf16-linear", *what, *torch_calls))
+        systems = {f"trimtab/{form}": _grid_calls([shape], form, x) for form in forms}
+        systems[_TORCH] = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, _TORCH)
+        entries += _time(bench, f"{shape}, group {shape.group_size}", systems)
+    return entries
+
+
+def grid_many_bench(
+    sets: Sequence[Sequence[Shape]] = MANY_SHAPES, forms: Sequence[Form] = PLAIN
+) -> list[dict[str, Any]]:
+    """Weights of one input: multiplied one by one, in one call, and in one prepared call."""
+    entries = []
+    for shapes in sets:
+        x = _inputs(shapes[0])
+        systems: dict[str, Calls] = {}
+        for form in forms:
+            for how in ("separate", "one-call", "prepared"):
+                systems[f"trimtab/{form}-{how}"] = _grid_calls(shapes, form, x, how)
+        whole = replace(shapes[0], out_features=sum(shape.out_features for shape in shapes))
+        systems[_TORCH] = _dense_calls(_dense_weights(whole), x, torch.nn.functional.linear, _TORCH)
+        entries += _time("grid-many", " + ".join(map(str, shapes)), systems)
     return entries
 
 
@@ -75,10 +140,10 @@ def half_linear_bench(shapes: Sequence[Shape] = HALF_SHAPES) -> list[dict[str, A
     """Dense bfloat16 weights, multiplied by half_linear and by torch's linear."""
     entries = []
     for shape in shapes:
-        what = ("half-linear", str(shape), read_bandwidth_gbps())
         x, weights = _inputs(shape), _dense_weights(shape)
-        for system, linear in (("trimtab/half-linear", half_linear), ("torch/bf16-linear", torch.nn.functional.linear)):
-            entries.append(_time(system, *what, *_dense_calls(weights, x, linear, system)))
+        linears = {"trimtab/half-linear": half_linear, _TORCH: torch.nn.functional.linear}
+        systems = {system: _dense_calls(weights, x, linear, system) for system, linear in linears.items()}
+        entries += _time("half-linear", str(shape), systems)
     return entries
 
 
@@ -86,23 +151,33 @@ def _inputs(shape: Shape) -> Tensor:
     return torch.randn(shape.batch, shape.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def _grid_calls(shape: Shape, bits: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], int]:
-    """One call per distinct matrix, and the bytes of one: codes and scales. Raises NumericsError if parity is red."""
-    generator = torch.Generator().manual_seed(bits)
-    row = packed_bytes(shape.in_features, bits)
-    groups = shape.in_features // shape.group_size
-    nbytes = shape.out_features * (row + 2 * groups)
-    calls: list[Callable[[], Tensor]] = []
-    for _ in range(max(2, -(-shape.traffic_bytes // nbytes))):
-        packed = torch.randint(0, 256, (shape.out_features, row), dtype=torch.uint8, generator=generator)
-        scales = (torch.rand(shape.out_features, groups, generator=generator) + 0.5).half()
-        weight = GridWeight(packed, scales, None, bits, shape.group_size, shape.in_features)
+def _grid_calls(shapes: Sequence[Shape], form: Form, x: Tensor, how: str = "one-call") -> Calls:
+    """Products of x with weights of all shapes. Raises NumericsError if parity is red."""
+    calls: list[Callable[[], object]] = []
+    traffic = nbytes = 0
+    while traffic < shapes[0].traffic_bytes or len(calls) < 2:
+        weights = [form.weight(shape, 100 * len(calls) + i) for i, shape in enumerate(shapes)]
+        call = _grid_call(weights, x, how)
         if not calls:
-            part = slice(0, _CHECKED_ROWS)
-            (expected,) = grid_matmul_reference(x.float(), [replace(weight, packed=packed[part], scales=scales[part])])
-            _demand_parity(grid_matmul_many(x, [weight])[0][:, part], expected, f"grid-{bits}")
-        calls.append(lambda w=weight: grid_matmul_many(x, [w])[0])  # type: ignore[misc]
+            nbytes = sum(tensor.nbytes for weight in weights for tensor in weight.tensors().values())
+            for weight, found in zip(weights, call(), strict=True):
+                checked = replace(weight, packed=weight.packed[:_CHECKED_ROWS], scales=weight.scales[:_CHECKED_ROWS])
+                if weight.zeros is not None:
+                    checked = replace(checked, zeros=weight.zeros[:_CHECKED_ROWS])
+                expected = grid_matmul_reference(x.float(), [checked])[0]
+                _demand_parity(found[:, :_CHECKED_ROWS], expected, str(form))
+        calls.append(call)
+        traffic += nbytes
     return calls, nbytes
+
+
+def _grid_call(weights: Sequence[GridWeight], x: Tensor, how: str) -> Callable[[], Sequence[Tensor]]:
+    if how == "prepared":
+        prepared = PreparedGrids(weights)
+        return lambda: prepared.run(x)
+    if how == "separate":
+        return lambda: [grid_matmul_many(x, [weight])[0] for weight in weights]
+    return lambda: grid_matmul_many(x, weights)
 
 
 def _dense_weights(shape: Shape) -> list[Tensor]:
@@ -118,7 +193,7 @@ def _dense_weights(shape: Shape) -> list[Tensor]:
 
 def _dense_calls(
     weights: Sequence[Tensor], x: Tensor, linear: Callable[[Tensor, Tensor], Tensor], system: str
-) -> tuple[list[Callable[[], Tensor]], int]:
+) -> Calls:
     part = slice(0, _CHECKED_ROWS)
     expected = half_linear_reference(x.float(), weights[0][part].float())
     _demand_parity(linear(x, weights[0])[:, part], expected, system)
@@ -135,37 +210,46 @@ def _demand_parity(found: Tensor, expected: Tensor, system: str) -> None:
         )
 
 
-def _time(
-    system: str, bench: str, setting: str, bandwidth: float, calls: list[Callable[[], Tensor]], nbytes: int
-) -> dict[str, Any]:
+def _time(bench: str, setting: str, systems: Mapping[str, Calls]) -> list[dict[str, Any]]:
+    """One entry per system. The systems take turns, so that what else the machine does falls on all of them."""
+    bandwidth = read_bandwidth_gbps()
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
     with torch.inference_mode():
-        for call in calls[:2]:
-            call()
-        rounds = max(1, -(-30 // len(calls)))
-        seconds = []
-        for call in calls * rounds:
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    gbps = nbytes / median / 1e9
-    return {
-        "bench": bench,
-        "system": system,
-        "setting": setting,
-        "decode_ms_median": median * 1e3,
-        "decode_ms_best": min(seconds) * 1e3,
-        "weight_bytes": nbytes,
-        "matrices": len(calls),
-        "read_gbps_median": gbps,
-        "bandwidth_gbps": bandwidth,
-        "bandwidth_share": gbps / bandwidth,
-        "threads": torch.get_num_threads(),
-    }
+        for turn in range(-2, _TURNS):
+            for system, (calls, _) in systems.items():
+                call = calls[turn % len(calls)]
+                start = time.perf_counter()
+                call()
+                if turn >= 0:
+                    seconds[system].append(time.perf_counter() - start)
+    entries = []
+    for system, (calls, nbytes) in systems.items():
+        median = statistics.median(seconds[system])
+        gbps = nbytes / median / 1e9
+        entries.append(
+            {
+                "bench": bench,
+                "system": system,
+                "setting": setting,
+                "decode_ms_median": median * 1e3,
+                "decode_ms_best": min(seconds[system]) * 1e3,
+                "time_of_torch": median / statistics.median(seconds[_TORCH]),
+                "weight_bytes": nbytes,
+                "matrices": len(calls),
+                "read_gbps_median": gbps,
+                "bandwidth_gbps": bandwidth,
+                "bandwidth_share": gbps / bandwidth,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return entries
 
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "grid-matmul": grid_matmul_bench,
+    "grid-forms": grid_forms_bench,
+    "grid-prefill": grid_prefill_bench,
+    "grid-many": grid_many_bench,
     "half-linear": half_linear_bench,
 }
 
@@ -203,12 +287,13 @@ def _markdown(facts: dict[str, Any]) -> str:
         f"`{facts['command']}` on {facts['machine']['cpu']}, {facts['machine']['cores']} cores; "
         f"torch {facts['versions']['torch']}, Python {facts['versions']['python']}.",
         "",
-        "| setting | system | ms (median) | GB/s | share of read bandwidth | weight MB |",
-        "|---|---|---:|---:|---:|---:|",
+        "| setting | system | ms (median) | torch = 1 | GB/s | share of read bandwidth | weight MB |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {e['setting']} | {e['system']} | {e['decode_ms_median']:.2f} | {e['read_gbps_median']:.1f} "
-        f"| {e['bandwidth_share']:.0%} of {e['bandwidth_gbps']:.1f} | {e['weight_bytes'] / 1e6:.1f} |"
+        f"| {e['setting']} | {e['system']} | {e['decode_ms_median']:.3f} | {e['time_of_torch']:.2f} "
+        f"| {e['read_gbps_median']:.1f} | {e['bandwidth_share']:.0%} of {e['bandwidth_gbps']:.1f} "
+        f"| {e['weight_bytes'] / 1e6:.1f} |"
         for e in facts["entries"]
     ]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from trimtab.core.errors import ConfigError
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul import native, triton
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
-from trimtab.kernels.grid_matmul.weight import GridWeight
+from trimtab.kernels.grid_matmul.weight import GridWeight, check_all
 from trimtab.kernels.op import Backend, KernelOp
 
 __all__ = ["GRID_MATMUL", "GridWeight", "grid_matmul", "grid_matmul_many"]
@@ -54,8 +54,7 @@ def grid_matmul_many(x: Tensor, weights: Sequence[GridWeight]) -> tuple[Tensor, 
     The native kernel shares out the rows of all weights at once, which saves the start of the threads; its results may
     be views of one tensor. Errors as in `grid_matmul`.
     """
-    if not weights:
-        raise ConfigError("no weights to multiply by; give at least one.")
-    for weight in weights:
-        weight.check(x)
+    check_all(weights)
+    if x.ndim == 0 or x.shape[-1] != weights[0].in_features:
+        raise ConfigError(f"x ends in {list(x.shape[-1:])}, but the weight has in_features={weights[0].in_features}.")
     return GRID_MATMUL(x, weights)

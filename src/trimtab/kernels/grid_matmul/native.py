@@ -1,10 +1,11 @@
 """The C++ kernels of native/ on CPU tensors, through ctypes.
 
-bfloat16 inputs are multiplied as they are where the processor has AVX-512 BF16: codes exactly, levels rounded to
-bfloat16. In every other case inputs and weights are float32, the weights rounded once as in the reference. All sums are
-float32. Rows of a batch do not influence each other and neither does the number of threads, up to MAX_ROWS rows; with
-more rows the weight is written out block by block, in the dtype of x, and multiplied by torch, because then arithmetic
-and not memory is the limit.
+bfloat16 inputs are multiplied as they are where the processor has AVX-512 BF16: up to 12 rows by codes, which are
+exact, or levels, rounded to bfloat16; from 13 to MAX_ROWS rows by weights rounded to bfloat16, a few at a time, in the
+cache. In every other case inputs and weights are float32, the weights rounded once as in the reference. All sums are
+float32. Rows of a batch do not influence each other, except that their number chooses between these ways, and neither
+does the number of threads. With more than MAX_ROWS rows the weight is written out block by block, in the dtype of x,
+and multiplied by torch, because then arithmetic and not memory is the limit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from trimtab.kernels.grid_matmul.weight import GridWeight
 from trimtab.kernels.library import DTYPES, ZERO_DTYPES, GridWeightStruct, isa_limit, native_library
 
 MAX_ROWS = 64
-"""Rows of x up to which packed codes are multiplied as they are."""
-BLOCK_WEIGHTS = 1 << 22
+"""Rows of x up to which the library multiplies; with more, torch does."""
+BLOCK_WEIGHTS = 1 << 21
 """Weights written out at a time when there are more rows."""
 
 _FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
@@ -113,14 +114,16 @@ def _write_out(weight: GridWeightStruct, first: int, out: Tensor) -> None:
 
 
 def _by_blocks(x: Tensor, weight: GridWeight) -> Tensor:
-    out = torch.empty((*x.shape[:-1], weight.out_features), dtype=x.dtype)
-    step = max(1, BLOCK_WEIGHTS // weight.in_features)
-    described = describe(weight)
-    for start in range(0, weight.out_features, step):
-        part = out[..., start : start + step]
-        block = torch.empty((part.shape[-1], weight.in_features), dtype=x.dtype)
+    rows, in_features, out_features = x.numel() // weight.in_features, weight.in_features, weight.out_features
+    out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    inputs, outputs, described = x.view(rows, in_features), out.view(rows, out_features), describe(weight)
+    step = max(1, BLOCK_WEIGHTS // in_features)
+    buffer = torch.empty((min(step, out_features), in_features), dtype=x.dtype)
+    for start in range(0, out_features, step):
+        part = outputs[:, start : start + step]
+        block = buffer[: part.shape[1]]
         _write_out(described, start, block)
-        part.copy_(torch.nn.functional.linear(x, block))
+        torch.mm(inputs, block.t(), out=part)
     return out
 
 

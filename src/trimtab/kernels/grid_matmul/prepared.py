@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul import native
-from trimtab.kernels.grid_matmul.weight import GridWeight
+from trimtab.kernels.grid_matmul.weight import GridWeight, check_all
 from trimtab.kernels.library import DTYPES, GridWeightStruct
 from trimtab.kernels.op import KERNELS_VARIABLE
 
@@ -28,14 +28,12 @@ class PreparedGrids:
     """
 
     def __init__(self, weights: Sequence[GridWeight]) -> None:
+        check_all(weights)
         self._tensors = [tensor for weight in weights for tensor in weight.tensors().values()]
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
         self._in_features = weights[0].in_features
         self._sizes = [weight.out_features for weight in weights]
         self._total = sum(self._sizes)
-        probe = torch.empty(1, self._in_features, device="meta")
-        for weight in weights:
-            weight.check(probe)
         here = all(tensor.is_cpu for tensor in self._tensors) and library.absent() is None
         if here and native.refuses(torch.empty(1, self._in_features), weights) is None:
             self._described: ctypes.Array[GridWeightStruct] | None = (GridWeightStruct * len(weights))(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class GridWeight:
     levels      float32 [2^bits], one table for all rows, or [out, 2^bits], one per row; then zeros are None and bits
                 are at most 4
 
-    Nothing is checked here: `check` does, once for every set of shapes and dtypes.
+    Nothing is checked when it is made: `check` does that, once for every set of shapes and dtypes.
     """
 
     packed: Tensor
@@ -47,11 +48,10 @@ class GridWeight:
         named = {"packed": self.packed, "scales": self.scales, "zeros": self.zeros, "levels": self.levels}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def check(self, x: Tensor) -> None:
-        """Raises ConfigError if the tensors do not fit each other or x [..., in]."""
+    def check(self) -> None:
+        """Raises ConfigError if the tensors do not fit each other."""
         zeros, levels = self.zeros, self.levels
         _check(
-            x.shape[-1:],
             self.packed.shape,
             self.packed.dtype,
             self.scales.shape,
@@ -64,9 +64,19 @@ class GridWeight:
         )
 
 
+def check_all(weights: Sequence[GridWeight]) -> None:
+    """Raises ConfigError if there are none, one is wrong, or they do not take the same x."""
+    if not weights:
+        raise ConfigError("no weights to multiply by; give at least one.")
+    for weight in weights:
+        weight.check()
+        if weight.in_features != weights[0].in_features:
+            found = [weight.in_features for weight in weights]
+            raise ConfigError(f"weights of one x have equal in_features, not {found}; call once for each x.")
+
+
 @functools.lru_cache(maxsize=4096)  # a model asks about few shapes, and asks for every token
 def _check(
-    last: torch.Size,
     packed: torch.Size,
     packed_dtype: torch.dtype,
     scales: torch.Size,
@@ -78,8 +88,6 @@ def _check(
     in_features: int,
 ) -> None:
     length = packed_bytes(in_features, bits)
-    if tuple(last) != (in_features,):
-        raise ConfigError(f"x ends in {list(last)}, but the weight has in_features={in_features}.")
     if len(packed) != 2 or packed[1] != length or packed_dtype != torch.uint8:
         raise ConfigError(
             f"packed codes are {packed_dtype} {list(packed)}; {in_features} inputs at {bits} bits take "

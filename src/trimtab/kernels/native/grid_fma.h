@@ -4,6 +4,7 @@
 // The even lanes of a chunk come before the odd ones in x_blocks, so that a word's two lanes need no shuffle.
 #pragma once
 
+#include "grid_group.h"
 #include "grid_matmul.h"
 #include "simple.h"
 
@@ -20,15 +21,6 @@ TT_INLINE inline typename V::floats decode_segment(const Segment& s, const uint8
                      V::load_lanes(at + 2 * s.plane_bytes, s.count)), grid);
   }
   return V::template decode<BITS, 0>(V::shift(V::load_lanes(at, s.count), s.shift), grid);
-}
-
-// What decodes the codes of one group. zeros and levels are null where there are none.
-template <class V, int BITS>
-TT_INLINE inline typename V::template Grid<BITS> grid_of(float scale, const float* zero, const float* levels) {
-  if constexpr (BITS < 8) {
-    if (levels) return V::template level_grid<BITS>(scale, levels);
-  }
-  return V::template grid<BITS>(scale, zero ? *zero : float(1 << (BITS - 1)));
 }
 
 template <class V, int BITS, int R, int B>

@@ -1,11 +1,9 @@
 // The work of one grid_matmul: prepare the inputs, cut outputs and batch into tiles, share them among threads.
-#include "grid_matmul.h"
-
 #include <algorithm>
 #include <new>
 #include <vector>
 
-#include "api.h"
+#include "grid_job.h"
 #include "grid_plan.h"
 #include "simple.h"
 #include "threads.h"
@@ -14,6 +12,7 @@ namespace trimtab {
 namespace {
 
 constexpr int64_t kPanelBytes = 256 << 10;      // packed rows that stay in the second-level cache between batch tiles
+constexpr int64_t kPackedBatch = 12;            // above this, panels are faster; by measurement
 constexpr int64_t kSerialProducts = 1 << 17;    // below this, starting threads costs more than they save
 
 void store_float(int32_t dtype, void* out, int64_t at, float value) {
@@ -24,39 +23,10 @@ void store_float(int32_t dtype, void* out, int64_t at, float value) {
   }
 }
 
-// What one call is about, and one weight of it.
-struct Call {
-  const Kernels& kernels;
-  const uint8_t* x;
-  int32_t dtype;
-  int64_t batch, in_features;
-};
-
-// Inputs of one tile of batch rows, as Tile wants them.
-struct Inputs {
-  const void *blocks, *rest;
-  const float* sums;
-};
-
-struct Job {
-  const tt_grid_weight* weight;
-  Plan plan;
-  int64_t bytes_per_row;
-  bool wants_sums;
-  void* out;
-  const Job* like;             // the first job that wants the inputs laid out as this one does
-  uint8_t* scratch;            // of its inputs, if that is this one
-  std::vector<Inputs> inputs;  // by tile
-
-  int64_t head() const { return plan.blocks * kLanes * codes_per_lane(weight->bits); }  // inputs of the full blocks
-  bool shares_inputs(const Job& other) const {
-    return head() == other.head() && wants_sums == other.wants_sums &&
-           (!wants_sums || weight->group_size == other.weight->group_size);
-  }
-};
-
 // Scratch bytes of one batch row: inputs, then sums.
-int64_t input_bytes(const Call& call) { return (call.in_features * (call.kernels.bfloat16_inputs ? 2 : 4) + 63) / 64 * 64; }
+int64_t input_bytes(const Call& call) {
+  return (call.in_features * (call.kernels.bfloat16_inputs ? 2 : 4) + 63) / 64 * 64;
+}
 int64_t sum_bytes(const Job& job) { return job.wants_sums ? (job.plan.groups * 4 + 63) / 64 * 64 : 0; }
 
 int width_index(int64_t remaining) { return remaining >= 8 ? 3 : remaining >= 4 ? 2 : remaining >= 2 ? 1 : 0; }
@@ -103,7 +73,8 @@ void run_rows(const Call& call, const Job& job, const Inputs& inputs, int64_t fi
   const tt_grid_weight& weight = *job.weight;
   const int64_t groups = job.plan.groups;
   const int width = kWidths[index], rows = call.kernels.tile_rows[index], bits = bits_index(weight.bits);
-  const int64_t scale_bytes = groups * dtype_bytes(weight.scale_dtype), zero_bytes = groups * dtype_bytes(weight.zero_dtype);
+  const int64_t scale_bytes = groups * dtype_bytes(weight.scale_dtype);
+  const int64_t zero_bytes = groups * dtype_bytes(weight.zero_dtype);
   parameters.resize(size_t(2 * rows * groups));
   float* const scales = parameters.data();
   float* const zeros = weight.zeros ? scales + rows * groups : nullptr;
@@ -166,12 +137,11 @@ void each_tile(int64_t batch, F&& f) {
   }
 }
 
-// The rows of all weights are one list of work, of which each thread takes an equal share of bytes.
-void run_jobs(const Call& call, std::vector<Job>& jobs, int threads) {
-  int64_t tiles = 0, scratch_bytes = 64, packed_bytes = 0;
+// Multiplies packed rows as they are.
+void run_packed(const Call& call, std::vector<Job>& jobs, int threads) {
+  int64_t tiles = 0, scratch_bytes = 64;
   each_tile(call.batch, [&](int64_t, int64_t, int) { ++tiles; });
   for (Job& job : jobs) {
-    packed_bytes += job.weight->out_features * job.bytes_per_row;
     job.like = &*std::find_if(jobs.begin(), jobs.end(), [&](const Job& other) { return job.shares_inputs(other); });
     if (job.like == &job) scratch_bytes += call.batch * (input_bytes(call) + sum_bytes(job));
   }
@@ -194,21 +164,15 @@ void run_jobs(const Call& call, std::vector<Job>& jobs, int threads) {
       });
     }
     barrier();
-    const int64_t from = packed_bytes * id / count, to = packed_bytes * (id + 1) / count;
-    int64_t start = 0;  // of the job's rows in the list, in bytes
-    for (const Job& job : jobs) {
-      const int64_t bytes = job.bytes_per_row, outputs = job.weight->out_features;
-      auto first_row_from = [&](int64_t at) { return std::clamp<int64_t>((at - start + bytes - 1) / bytes, 0, outputs); };
-      const int64_t begin = first_row_from(from), end = first_row_from(to);
-      start += outputs * bytes;
-      const int64_t panel = tiles == 1 ? end - begin : std::max<int64_t>(8, kPanelBytes / bytes / 8 * 8);
+    each_share(jobs, id, count, [&](const Job& job, int64_t begin, int64_t end) {
+      const int64_t panel = tiles == 1 ? end - begin : std::max<int64_t>(8, kPanelBytes / job.bytes_per_row / 8 * 8);
       for (int64_t row = begin; row < end; row += panel) {
         each_tile(call.batch, [&](int64_t t, int64_t first, int index) {
           const Inputs& inputs = job.like->inputs[size_t(t)];
           run_rows(call, job, inputs, first, index, row, std::min(row + panel, end), scratch.parameters);
         });
       }
-    }
+    });
   });
 }
 
@@ -237,7 +201,11 @@ extern "C" int32_t tt_grid_matmul(const tt_grid_weight* weights, int64_t count, 
       outputs += weight.out_features;
     }
     const bool serial = batch * outputs * call.in_features < kSerialProducts;
-    run_jobs(call, scratch.jobs, serial ? 1 : threads);
+    if (batch > kPackedBatch && kernels->panels[0]) {
+      run_panels(call, scratch.jobs, serial ? 1 : threads);
+    } else {
+      run_packed(call, scratch.jobs, serial ? 1 : threads);
+    }
     return TT_OK;
   } catch (const std::bad_alloc&) {
     return TT_NO_MEMORY;

@@ -2,8 +2,10 @@
 // level[o][code[o][i]] in place of the difference.
 //
 // grid_plan.cpp says how a row is walked. grid_matmul.cpp cuts the work into tiles and shares it among threads; a
-// Kernels table (one per instruction set) computes tiles. grid_dequantize.cpp writes weights out. Every sum is taken in an order that depends on the row and the layout alone, so a result depends
-// neither on the number of threads nor on the other rows of the batch.
+// Kernels table (one per instruction set) computes tiles. grid_dequantize.cpp writes weights out. grid_panel.cpp writes a
+// few rows out into a cache and multiplies them, which pays when the batch is no longer small. Every sum is taken in an
+// order that depends on the row and the layout alone, so a result depends neither on the number of threads nor on the
+// other rows of the batch, as long as their number chooses the same way.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +17,7 @@ constexpr int kChunk = kLanes;                  // weights under one shift of a 
 constexpr int kWidths[] = {1, 2, 4, 8};         // batch rows of a tile
 constexpr int kWidthCount = 4;
 constexpr int kMaxTileRows = 8;
+constexpr int kPanelWidths = 8;                 // batch rows of a panel tile: 1 to 8
 
 constexpr int codes_per_lane(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
 constexpr int words_per_lane(int bits) { return bits == 3 ? 3 : 1; }
@@ -65,6 +68,22 @@ using TileKernel = void (*)(const Tile&);
 using RowDecoder = void (*)(const Plan&, const uint8_t* packed, const float* scales, const float* zeros,
                             const float* levels, float* out);
 
+// The same rounded to a 16-bit format, from full blocks and segments.
+using HalfRowDecoder = void (*)(const Plan&, const uint8_t* packed, const float* scales, const float* zeros,
+                                const float* levels, uint16_t* out);
+
+// out[b][r] (+)= sum_i w[r][i] * x[b][i] over `steps` x 32 bfloat16 numbers. Rows and width are template arguments.
+struct PanelTile {
+  const uint16_t* weights;  // first row
+  int64_t row_step;         // numbers from one row to the next
+  const uint16_t* x;        // [step][width][32]
+  int64_t steps;
+  float* out;               // [width][out_step]
+  int64_t out_step;
+  bool add;                 // to what is there
+};
+using PanelKernel = void (*)(const PanelTile&);
+
 struct Kernels {
   const char* name;
   bool bfloat16_inputs;                     // inputs are kept in bfloat16; else they are converted to float32
@@ -74,6 +93,10 @@ struct Kernels {
   TileKernel tiles[4][kWidthCount];         // [bits][width]
   TileKernel single[4][kWidthCount];        // the same for one row
   RowDecoder rows[4];                       // [bits]; null with bfloat16 inputs
+  HalfRowDecoder halves[2][4];              // [bfloat16?][bits], or null
+  int panel_rows[kPanelWidths];             // rows of the kernels in `panels`, by width - 1
+  PanelKernel panels[kPanelWidths];         // null without bfloat16 inputs
+  PanelKernel panel_single[kPanelWidths];   // the same for one row
   void (*halves_to_floats)(const uint16_t*, float*, int64_t);
   void (*bytes_to_floats)(const uint8_t*, float*, int64_t);
   void (*floats_to_bfloats)(const float*, uint16_t*, int64_t);  // null with bfloat16 inputs

@@ -7,7 +7,8 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
     defined(__AVX512BF16__)
-#include "vector_avx512.h"
+#include "grid_panel_avx512_bf16.h"
+#include "grid_rows_avx512.h"
 
 namespace trimtab {
 namespace {
@@ -25,6 +26,15 @@ __m512i code_table() {
   for (int i = 0; i < 32; ++i) table[i] = float_to_bfloat16(float((i & ((1 << BITS) - 1)) - (1 << (BITS - 1))));
   return _mm512_load_si512(table);
 }
+
+struct ToBfloatAtOnce {
+  static __m256i bits(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+  static __m512i bits(__m512 even, __m512 odd) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i order = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  }
+};
 
 // The levels of a row, rounded, for the low 5 bits of an index.
 template <int BITS>
@@ -185,9 +195,17 @@ constexpr Kernels make_kernels() {
   fill(std::integral_constant<int, 3>{});
   fill(std::integral_constant<int, 4>{});
   fill(std::integral_constant<int, 8>{});
+  fill_halves<ToHalf>(kernels.halves[0]);
+  fill_halves<ToBfloatAtOnce>(kernels.halves[1]);
+  unroll<kPanelWidths>([&](auto w) {
+    constexpr int width = w + 1, rows = panel_tile_rows(width);
+    kernels.panel_rows[w] = rows;
+    kernels.panels[w] = panel_tile<rows, width>;
+    kernels.panel_single[w] = panel_tile<1, width>;
+  });
   kernels.halves_to_floats = Avx512::halves_to_floats;
   kernels.bytes_to_floats = Avx512::bytes_to_floats;
-  kernels.floats_to_bfloats = nullptr;
+  kernels.floats_to_bfloats = floats_to_bfloats;
   kernels.group_sums = group_sums;
   kernels.read_all = Avx512::read_all;
   return kernels;

@@ -1,0 +1,60 @@
+// One call of grid_matmul: what is common, and one weight of it.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "api.h"
+#include "grid_matmul.h"
+
+namespace trimtab {
+
+struct Call {
+  const Kernels& kernels;
+  const uint8_t* x;
+  int32_t dtype;  // of x and the outputs
+  int64_t batch, in_features;
+};
+
+// Inputs of one tile of batch rows, as Tile wants them.
+struct Inputs {
+  const void *blocks, *rest;
+  const float* sums;
+};
+
+struct Job {
+  const tt_grid_weight* weight;
+  Plan plan;
+  int64_t bytes_per_row;
+  bool wants_sums;
+  void* out;
+  const Job* like;             // the first job that wants the inputs laid out as this one does
+  uint8_t* scratch;            // of its inputs, if that is this one
+  std::vector<Inputs> inputs;  // by tile
+
+  int64_t head() const { return plan.blocks * kLanes * codes_per_lane(weight->bits); }  // inputs of the full blocks
+  bool shares_inputs(const Job& other) const {
+    return head() == other.head() && wants_sums == other.wants_sums &&
+           (!wants_sums || weight->group_size == other.weight->group_size);
+  }
+};
+
+// Calls f(job, first row, end) for the rows of one of `count` threads. The rows of all weights are one list of work, of
+// which each thread takes an equal share of bytes.
+template <class F>
+void each_share(const std::vector<Job>& jobs, int id, int count, F&& f) {
+  int64_t total = 0, start = 0;
+  for (const Job& job : jobs) total += job.weight->out_features * job.bytes_per_row;
+  for (const Job& job : jobs) {
+    const int64_t bytes = job.bytes_per_row, outputs = job.weight->out_features;
+    auto first_row_from = [&](int64_t at) { return std::clamp<int64_t>((at - start + bytes - 1) / bytes, 0, outputs); };
+    const int64_t begin = first_row_from(total * id / count), end = first_row_from(total * (id + 1) / count);
+    start += outputs * bytes;
+    if (begin < end) f(job, begin, end);
+  }
+}
+
+// Writes rows out as bfloat16 in a cache and multiplies them: for kernels that have `panels`.
+void run_panels(const Call& call, const std::vector<Job>& jobs, int threads);
+
+}  // namespace trimtab
