@@ -16,14 +16,14 @@ from trimtab.evaluation import Divergence, divergence
 from trimtab.models import load, tokenizer_of
 from trimtab.models.calibration import CalibrationSet
 from trimtab.models.info import info_of
-from trimtab.weights import Gptq, Mixed, compress
+from trimtab.weights import Gptq, Mixed, Rtn, compress
 from trimtab.weights.base import WeightMethod
 
 __all__ = ["CLAIMS"]
 
 BUDGETS = (0.28, 0.32, 0.38)
 GROUPS = (32, 64, -1)
-SEQUENCES, LENGTH = 32, 256
+SEQUENCES, LENGTH = 64, 128
 UNIFORM = tuple(Gptq(bits=bits, group_size=size) for bits in (2, 3, 4) for size in GROUPS)
 
 
@@ -59,15 +59,10 @@ def _kl(moved: Divergence) -> float:
 
 @functools.cache
 def _uniform_sizes() -> dict[WeightMethod, int]:
-    """Bytes of the whole model by each uniform choice; the grids of rtn are as large and made in no time."""
-    from trimtab.weights import Rtn
-
-    return {m: _at_rest(_rounded(Rtn(bits=m.bits, group_size=m.group_size))) for m in UNIFORM}
-
-
-def _rounded(method: WeightMethod) -> PreTrainedModel:
-    model = load("ref")
-    return compress(model, method, progress=False)
+    """Bytes of the whole model by each uniform choice, increasing; grids of rtn are as large and made in no time."""
+    rounded = {m: Rtn(bits=m.bits, group_size=m.group_size) for m in UNIFORM}
+    sizes = {m: _at_rest(compress(load("ref"), rtn, progress=False)) for m, rtn in rounded.items()}
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
 def beats_uniform() -> Outcome:

@@ -34,7 +34,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["LqLora"]
 
 Bits = Literal[2, 3, 4, 8]
-WIDTHS: tuple[Bits, ...] = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class LqLora(LinearMethod):
     weighting: Literal["fisher", "none"] = "fisher"
     iterations: int = 100
     polish: bool = False
-    widths: tuple[Bits, ...] = WIDTHS
+    widths: tuple[int, ...] = WIDTHS
     block_sizes: tuple[int, ...] = (16, 32, 64)
     configurations: Literal["few", "all"] = "few"
     cost_iterations: int = 1
@@ -99,6 +99,7 @@ class LqLora(LinearMethod):
         for name in ("widths", "block_sizes"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ConfigError(f"LqLora: option {name}={getattr(self, name)} must hold positive numbers.")
+        list(self.formats())  # each checks itself
         if not 0 < self.budget_bits < math.inf:
             raise ConfigError(f"LqLora: option budget_bits={self.budget_bits} must be a positive number.")
         if self.exact_costs and self.weighting != "fisher":
@@ -110,14 +111,14 @@ class LqLora(LinearMethod):
 
     def formats(self) -> Iterator[TableFormat]:
         """All configurations, (b, b0, b1, B0, B1) in the paper's letters."""
-        scale_bits: tuple[Bits, ...] = (4, 8)
+        scale_bits: tuple[int, ...] = (4, 8)
         dtypes: tuple[Literal["float32", "float16", "bfloat16"], ...] = ("float32",)
         scale_blocks: tuple[int, ...] = (256,)
         if self.configurations == "all":
             scale_bits, dtypes, scale_blocks = WIDTHS, ("bfloat16", "float16", "float32"), (16, 64, 256)
         for bits, b0, b1, size, outer in product(self.widths, scale_bits, dtypes, self.block_sizes, scale_blocks):
-            nested = NestedFormat(bits=b0, block_size=outer, dtype=b1)
-            yield TableFormat(bits=bits, group_size=size, nested=nested)
+            nested = NestedFormat(bits=cast(Bits, b0), block_size=outer, dtype=b1)
+            yield TableFormat(bits=cast(Bits, bits), group_size=size, nested=nested)
 
     def formats_of(self, linear: LinearView) -> list[TableFormat]:
         """Those whose blocks divide the width of `linear`. Raises TargetError if there is none."""

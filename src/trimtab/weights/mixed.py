@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trimtab.core.errors import BudgetError, ConfigError, TargetError
 from trimtab.tensors.compressed import CompressedTensor
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Mixed"]
 
+Bits = Literal[2, 3, 4, 8]
 _METHODS: dict[str, type[Gptq] | type[Rtn]] = {"gptq": Gptq, "rtn": Rtn}
 
 
@@ -61,7 +62,7 @@ class Mixed(LinearMethod):
 
     budget: float | str
     quantizer: Literal["gptq", "rtn"] = "gptq"
-    widths: tuple[Literal[2, 3, 4, 8], ...] = (2, 3, 4, 8)
+    widths: tuple[int, ...] = (2, 3, 4, 8)
     group_sizes: tuple[int, ...] = (32, 64, 128, -1)
     zero_points: Literal["either", "always", "never"] = "either"
     costs: str | None = None
@@ -87,7 +88,7 @@ class Mixed(LinearMethod):
         return {
             f"{self.quantizer}-{bits}-{'row' if size == -1 else size}{'-symmetric' if symmetric else ''}": _METHODS[
                 self.quantizer
-            ](bits=bits, group_size=size, symmetric=symmetric)
+            ](bits=cast(Bits, bits), group_size=size, symmetric=symmetric)
             for bits in self.widths
             for size in self.group_sizes
             for symmetric in kinds
