@@ -21,7 +21,7 @@ from trimtab.weights import Loftq, Nf, Rtn
 __all__ = ["CLAIMS"]
 
 BITS: tuple[Literal[4, 3, 2], ...] = (4, 3, 2)
-STEPS, BATCH, LENGTH = 40, 8, 128
+STEPS, BATCH, LENGTH = 30, 8, 128
 LEARNING_RATE = 1e-3
 
 
