@@ -146,9 +146,30 @@ def test_zero_points_tell_more_than_sym(edited: Callable[..., Path]) -> None:
     assert same_layers(tt.load(directory), model)
 
 
+def test_the_closest_target_decides(edited: Callable[..., Path]) -> None:
+    """A name before a pattern before a class, in whatever order the groups come."""
+    wrong = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "group", "group_size": 32}}
+
+    def with_others(t: Tensors, c: Config) -> None:
+        own = c["config_groups"]["group_0"]
+        others = {**own, "targets": ["re:.*(mlp|attn)"]}
+        named = {**wrong, "targets": ["re:.*gate_proj"]}
+        c["config_groups"] = {"a": wrong, "b": named, "c": others, "d": {**own, "targets": gates}}
+
+    gates = [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
+    assert same_layers(tt.load(edited("compressed-tensors", with_others)), grids(llama(), bits=4, group_size=32))
+
+
+def test_pickled_weights_are_not_read(edited: Callable[..., Path]) -> None:
+    directory = edited("gptq", lambda t, c: None)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        tt.load(directory)
+
+
 def test_dtype_and_report(edited: Callable[..., Path]) -> None:
     directory = edited("gptq", lambda t, c: None)
-    model = tt.load(directory, dtype="float16")
+    model = tt.load(directory, dtype="float16", device="cpu")
     assert model.dtype == torch.float16
     assert model.trimtab.source == str(directory)
     assert model.trimtab.recipe is None

@@ -189,6 +189,7 @@ def test_targets_name_exactly_their_layers() -> None:
     import re
 
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(25) for p in "qkvo"] + ["score", "head.out"]
+    names += ["model.layers.1.self_attn.q_proj2", "model.layers.1.self_attn.q_pro", "xmodel.layers.1.self_attn.q_proj"]
     chosen = ["model.layers.1.self_attn.q_proj", "model.layers.12.self_attn.q_proj", "score"]
     patterns = [target.removeprefix("re:") for target in targets(chosen)]
     assert len(patterns) == 2

@@ -47,8 +47,10 @@ def load_foreign(directory: Path, method: str, options: Mapping[str, Any]) -> tu
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     linears = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    if not (files := weight_files(directory)):
+        raise CheckpointError(f"{directory}: quantized weights are read from safetensors files, and it has none.")
     reader = READERS[method](quantization, str(directory))
-    state, specs = _read(reader, linears, read_headers(weight_files(directory)), str(directory))
+    state, specs = _read(reader, linears, read_headers(files), str(directory))
     layers = TrimtabQuantizationConfig(specs, str(config.model_type), FORMAT_VERSION, trimtab.__version__)
     config.quantization_config = layers.to_dict()
     model, report = type(plain).from_pretrained(None, config=config, state_dict=state, **options)

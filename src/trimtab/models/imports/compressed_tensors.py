@@ -16,8 +16,9 @@ from trimtab.tensors.grid import GroupGrid
 
 
 class PackReader(Reader):
-    """Reads integer weights with strategies "group" and "channel"; a layer's settings are those of the first group
-    that targets it.
+    """Reads integer weights with strategies "group" and "channel".
+
+    A layer's settings are those of the group that names it most closely: by name, by pattern, by class.
     """
 
     codes = "weight_packed"
@@ -66,15 +67,16 @@ class PackReader(Reader):
         return grid_of(unpack_stream(packed, bits, in_features), scales, zeros, bits, group_size)
 
     def _weights(self, name: str) -> Mapping[str, Any]:
-        for group in self._groups:
-            if any(_matches(str(target), name) for target in group.get("targets", ())):
-                weights: Mapping[str, Any] = group.get("weights") or {}
-                return weights
-        raise CheckpointError("no config group targets it.")
+        ranked = [(_rank(str(t), name), group) for group in self._groups for t in group.get("targets", ())]
+        found = [(rank, group) for rank, group in ranked if rank is not None]
+        if not found:
+            raise CheckpointError("no config group targets it.")
+        weights: Mapping[str, Any] = min(found, key=lambda entry: entry[0])[1].get("weights") or {}
+        return weights
 
 
-def _matches(target: str, name: str) -> bool:
-    """A target is a class name, a module name or, after `re:`, a pattern for the beginning of a module name."""
+def _rank(target: str, name: str) -> int | None:
+    """How closely a target names a linear layer: 0 by its name, 1 by a pattern for its beginning, 2 by its class."""
     if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target in ("Linear", name)
+        return 1 if re.match(target.removeprefix("re:"), name) else None
+    return {name: 0, "Linear": 2}.get(target)
