@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trimtab import compress
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul.prepared import MAX_ROWS, PreparedGrids
 from trimtab.kernels.op import KERNELS_VARIABLE
-from trimtab.models import load, random_model, save
+from trimtab.models import attention, load, random_model, save
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.random import ALL_FAMILIES
@@ -261,3 +263,41 @@ def test_loaded_models_share_too(tmp_path: object, calls: list[int]) -> None:
     assert sorted(calls) == [1, 1, 1, 1, 2, 2, 3, 3]
     fast_decoding(loaded)  # again
     assert torch.equal(loaded(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_query_of_heads_that_share_keys(rows: int) -> None:
+    query, key, value = (torch.randn(rows, heads, tokens, 16) for heads, tokens in ((8, 1), (2, 11), (2, 11)))
+    query.requires_grad_()
+    module = nn.Module()
+    module.num_key_value_groups = 4  # type: ignore[assignment]
+    found, _ = attention.attention(module, query, key, value, None, scaling=0.3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
+    assert found.shape == expected.shape == (rows, 1, 8, 16)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(out.square().sum(), query)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    mask = torch.ones(rows, 1, 1, 11, dtype=torch.bool)
+    mask[:, :, :, :4] = False
+    masked, _ = attention.attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(masked, sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)[0])
+    assert not torch.allclose(masked, found)
+
+
+@torch.no_grad()
+def test_compressed_models_take_one_query_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama")
+    compress(model, Rtn(bits=8, group_size=16), progress=False)
+    one_query, seen = attention._one_query, []
+    monkeypatch.setattr(attention, "_one_query", lambda *args: seen.append(1) or one_query(*args))  # type: ignore[func-returns-value]
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    expected = model(input_ids=tokens).logits[:, -1]
+    assert not seen
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tokens[:, :-1], past_key_values=cache)
+    found = model(input_ids=tokens[:, -1:], past_key_values=cache).logits[:, -1]
+    assert len(seen) == 2, "once per block"
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    model.set_attn_implementation("eager")
+    fast_decoding(model)
+    assert model.config._attn_implementation == "eager", "what was chosen stays"

@@ -1,7 +1,7 @@
 """The attention backend, registered with transformers as "trimtab": attention straight on what a cache holds.
 
-Without a SegmentCache it computes what transformers' own implementations do: "sdpa", or a plain one where scores are
-capped (Gemma 2), which torch's kernel cannot do.
+Without a SegmentCache it computes what transformers' own implementations do: "sdpa", with the heads of a single query
+arranged for a processor, or a plain one where scores are capped (Gemma 2), which torch's kernel cannot do.
 """
 
 from __future__ import annotations
@@ -51,10 +51,28 @@ def attention(
         out = layer.attend(query, attention_mask, kwargs.get("position_ids"), scale, softcap, sliding_window)
         return out.transpose(1, 2).contiguous(), None
     if softcap is None:
+        if _shares_keys(query, key, attention_mask):
+            return _one_query(query, key, value, scale, dropout), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
         )
     return _capped(query, key, value, attention_mask, scale, softcap, dropout).transpose(1, 2).contiguous(), None
+
+
+def _shares_keys(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether this is one query per head on a processor, all keys visible, several query heads to a KV head."""
+    return query.shape[2] == 1 and mask is None and query.shape[1] > key.shape[1] and query.is_cpu
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    """Query heads that share keys as so many queries of one head: [R, Hq, 1, d] -> [R, 1, Hq, d].
+
+    torch's kernel prepares the keys for every head anew, which costs it ten times the attention itself here.
+    """
+    rows, heads, _, dim = query.shape
+    shared = query.reshape(rows, key.shape[1], -1, dim)
+    out = torch.nn.functional.scaled_dot_product_attention(shared, key, value, dropout_p=dropout, scale=scale)
+    return out.reshape(rows, 1, heads, -1)
 
 
 def _capped(

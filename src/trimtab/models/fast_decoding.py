@@ -7,6 +7,7 @@ import logging
 from transformers import PreTrainedModel
 
 from trimtab.core.errors import TrimtabError
+from trimtab.models.attention import use_backend
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.fast_linear import use_fast_linear
 from trimtab.models.shared_input import SharedInput
@@ -16,7 +17,8 @@ log = logging.getLogger("trimtab.models")
 
 
 def fast_decoding(model: PreTrainedModel) -> None:
-    """Let compressed layers with one input share a call, and dense 16-bit ones read memory fast (`use_fast_linear`).
+    """Let compressed layers with one input share a call, dense 16-bit ones read memory fast (`use_fast_linear`), and on
+    a processor attention take one query the fast way (`use_backend`, in place of transformers' "sdpa").
 
     Modules, state dictionaries, hooks and saving stay as they are; copies of the model share nothing until this is
     called for them. `compress` and loading a checkpoint call it. Calling it again finds the layers anew, after some
@@ -24,9 +26,11 @@ def fast_decoding(model: PreTrainedModel) -> None:
     """
     use_fast_linear(model)
     try:
+        if model.device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
+            use_backend(model)
         blocks = ModelView.of(model).blocks
     except TrimtabError as error:
-        log.info("compressed layers do not share calls: %s", error)
+        log.info("decoding stays as it is: %s", error)
         return
     for block in blocks:
         for site in block.sites.values():
