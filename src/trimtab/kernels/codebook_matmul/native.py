@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.core.errors import KernelUnavailable
 from trimtab.kernels.library import DTYPES, CodebookProblem, isa_limit, native_library
 
-MAX_ROWS = 8
+MAX_ROWS = 16
 """Rows of x up to which codes are multiplied as they are."""
 BLOCK_WEIGHTS = 1 << 22
 """Weights written out at a time when there are more rows."""

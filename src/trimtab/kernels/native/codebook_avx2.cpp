@@ -31,7 +31,7 @@ using Avx2Vector = std::conditional_t<G == 4, Four, std::conditional_t<G == 8, E
 }  // namespace
 
 const CodebookKernels* codebook_avx2_kernels() {
-  static constexpr CodebookKernels kernels = codebook_kernels<Avx2Vector>();
+  static constexpr CodebookKernels kernels = codebook_kernels<Avx2Vector, 16>();
   return avx2_kernels() ? &kernels : nullptr;
 }
 

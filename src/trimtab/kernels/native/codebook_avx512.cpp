@@ -26,7 +26,7 @@ using Avx512Vector = std::conditional_t<G == 4, Four, std::conditional_t<G == 8,
 }  // namespace
 
 const CodebookKernels* codebook_avx512_kernels() {
-  static constexpr CodebookKernels kernels = codebook_kernels<Avx512Vector>();
+  static constexpr CodebookKernels kernels = codebook_kernels<Avx512Vector, 32>();
   return avx512_kernels() ? &kernels : nullptr;
 }
 

@@ -67,7 +67,7 @@ extern "C" int32_t tt_codebook_matmul(const tt_codebook_problem* problem, const 
   if (!kernels) return TT_NO_ISA;
   try {
     const CodebookTile shared = prepared(p, *kernels, codebooks);
-    const int w = batch == 1 ? 0 : 1, width = kCodebookWidths[w], wide = p.code_bytes - 1;
+    const int w = batch > 1, width = kCodebookWidths[w], wide = p.code_bytes - 1;
     const int64_t n = p.in_features, element = p.x_dtype == kFloat32 ? 4 : 2, padded = (batch + width - 1) / width * width;
     scratch.inputs.assign(size_t(padded * n), 0.0f);
     kernels->to_floats(p.x_dtype, x, batch * n, scratch.inputs.data());

@@ -12,8 +12,9 @@
 namespace trimtab {
 
 constexpr int kCodebookWidths[] = {1, 4};  // rows of x of a tile
+constexpr int kCodebookWidthCount = 2;
 constexpr int kCodebookGroups[] = {4, 8, 16};
-constexpr int kMaxCodebookSums = 8;  // outputs of a tile
+constexpr int kMaxCodebookSums = 16; // outputs of a tile
 
 // `rows` output rows x `width` rows of x; which, is the kernel's own template argument.
 struct CodebookTile {
@@ -30,9 +31,9 @@ struct CodebookTile {
 using CodebookKernel = void (*)(const CodebookTile&);
 
 struct CodebookKernels {
-  int rows[2];                       // rows of the kernels in `tiles`, by width
-  CodebookKernel tiles[2][3][2];     // [two-byte codes][group][width]
-  CodebookKernel single[2][3][2];    // the same for one row
+  int rows[kCodebookWidthCount];                       // rows of the kernels in `tiles`, by width
+  CodebookKernel tiles[2][3][kCodebookWidthCount];     // [two-byte codes][group][width]
+  CodebookKernel single[2][3][kCodebookWidthCount];    // the same for one row
   CodebookKernel decode[2][3];
   void (*to_floats)(int32_t dtype, const void* x, int64_t n, float* out);
   void (*from_floats)(int32_t dtype, const float* x, float scale, int64_t n, void* out);

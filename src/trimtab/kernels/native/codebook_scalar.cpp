@@ -42,7 +42,7 @@ struct Plain {
 }  // namespace
 
 const CodebookKernels* codebook_scalar_kernels() {
-  static constexpr CodebookKernels kernels = codebook_kernels<Plain>();
+  static constexpr CodebookKernels kernels = codebook_kernels<Plain, 16>();
   return &kernels;
 }
 

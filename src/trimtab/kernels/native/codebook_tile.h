@@ -11,29 +11,30 @@
 namespace trimtab {
 namespace {
 
-// The sum of the vectors that the codes of one group name, code by code.
-template <class V, int G, class Code>
+// The sum of the vectors that the codes of one group name, code by code. Codes of one byte have an entry whatever they are.
+template <class V, int G, class Code, bool kOne>
 TT_INLINE inline auto codebook_vector(const CodebookTile& tile, const Code* codes) {
   using Entry = std::conditional_t<sizeof(Code) == 1, float, uint16_t>;
   const Entry* table = static_cast<const Entry*>(tile.codebooks);
-  const int64_t mask = tile.entries - 1;
+  const uint32_t mask = sizeof(Code) == 1 ? 0xff : uint32_t(tile.entries - 1);
   auto vector = V::load(table + (codes[0] & mask) * G);
-  for (int64_t m = 1; m < tile.books; ++m) {
+  for (int64_t m = 1; !kOne && m < tile.books; ++m) {
     vector = V::add(vector, V::load(table + (m * tile.entries + (codes[m] & mask)) * G));
   }
   return vector;
 }
 
-template <class V, int G, class Code, int R, int B>
-void codebook_tile(const CodebookTile& tile) {
+template <class V, int G, class Code, bool kOne, int R, int B>
+TT_INLINE inline void add_groups(const CodebookTile& tile) {
+  const int64_t books = kOne ? 1 : tile.books;
   typename V::values sums[R][B];
   unroll<R>([&](auto r) TT_INLINE { unroll<B>([&](auto b) TT_INLINE { sums[r][b] = V::zero(); }); });
   const Code* codes = static_cast<const Code*>(tile.codes);
-  for (int64_t j = 0; j < tile.groups; ++j, codes += tile.books) {
+  for (int64_t j = 0; j < tile.groups; ++j, codes += books) {
     typename V::values x[B];
     unroll<B>([&](auto b) TT_INLINE { x[b] = V::load(tile.x + b * tile.x_step + j * G); });
     unroll<R>([&](auto r) TT_INLINE {
-      const auto vector = codebook_vector<V, G>(tile, codes + r * tile.row_step);
+      const auto vector = codebook_vector<V, G, Code, kOne>(tile, codes + r * tile.row_step);
       unroll<B>([&](auto b) TT_INLINE { sums[r][b] = V::multiply_add(vector, x[b], sums[r][b]); });
     });
   }
@@ -42,11 +43,20 @@ void codebook_tile(const CodebookTile& tile) {
   });
 }
 
+template <class V, int G, class Code, int R, int B>
+void codebook_tile(const CodebookTile& tile) {
+  if (tile.books == 1) {
+    add_groups<V, G, Code, true, R, B>(tile);
+  } else {
+    add_groups<V, G, Code, false, R, B>(tile);
+  }
+}
+
 template <class V, int G, class Code>
 void codebook_decode(const CodebookTile& tile) {
   const Code* codes = static_cast<const Code*>(tile.codes);
   for (int64_t j = 0; j < tile.groups; ++j, codes += tile.books) {
-    V::store(tile.out + j * G, codebook_vector<V, G>(tile, codes));
+    V::store(tile.out + j * G, codebook_vector<V, G, Code, false>(tile, codes));
   }
 }
 
@@ -72,14 +82,15 @@ inline void codebook_from_floats(int32_t dtype, const float* x, float scale, int
   }
 }
 
-template <template <int> class V>
+// kRegisters: half of them hold sums, where there is more than one row of x.
+template <template <int> class V, int kRegisters>
 constexpr CodebookKernels codebook_kernels() {
   CodebookKernels kernels{};
   auto fill = [&](auto group, auto code) {
     using Code = decltype(code);
     constexpr int wide = sizeof(Code) - 1, G = kCodebookGroups[group];
-    unroll<2>([&](auto w) {
-      constexpr int width = kCodebookWidths[w], rows = kMaxCodebookSums / width;
+    unroll<kCodebookWidthCount>([&](auto w) {
+      constexpr int width = kCodebookWidths[w], rows = width == 1 ? 4 : kRegisters / 2 / width;
       kernels.rows[w] = rows;
       kernels.tiles[wide][group][w] = codebook_tile<V<G>, G, Code, rows, width>;
       kernels.single[wide][group][w] = codebook_tile<V<G>, G, Code, 1, width>;
