@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import ConfigError, KernelUnavailable
-from trimtab.kernels import library
+from trimtab.core.errors import ConfigError, KernelUnavailable, NumericsError
+from trimtab.kernels import bench, library
 from trimtab.kernels.bench import RMS_BOUND
+from trimtab.kernels.codebook_matmul import bench as codebook_bench
 from trimtab.kernels.codebook_matmul import codebook_matmul, native
 from trimtab.kernels.codebook_matmul.reference import codebook_matmul_reference, dequantize
 
@@ -235,3 +236,23 @@ def test_forced_backend_fails_rather_than_falls_back(monkeypatch: pytest.MonkeyP
         _call(codes=codes, codebooks=codebooks, scales=scales)
     with pytest.raises(KernelUnavailable, match="codes of shape .* not contiguous"):
         _call(codes=torch.zeros(4, 2, 8, dtype=torch.uint8).transpose(1, 2))
+
+
+# The benchmark
+
+
+def test_benchmark_entries_and_no_speed_when_parity_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook_bench, "read_bandwidth_gbps", lambda: 10.0)
+    small = bench.Shape(96, 256, 2, traffic_bytes=1 << 16)
+    entries = codebook_bench.codebook_matmul_bench([small], [(8, 2, 8), (4, 1, 10)])
+    assert [entry["system"] for entry in entries] == [
+        "trimtab/codebook-2x8-g8",
+        "trimtab/codebook-1x10-g4",
+        "torch/bf16-linear",
+    ]
+    assert {entry["bench"] for entry in entries} == {"codebook-matmul"}
+    assert "codebook-matmul" in bench.BENCHMARKS
+    right = codebook_bench.codebook_matmul
+    monkeypatch.setattr(codebook_bench, "codebook_matmul", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(NumericsError, match="speed is not reported"):
+        codebook_bench.codebook_matmul_bench([small], [(8, 2, 8), (4, 1, 10)])

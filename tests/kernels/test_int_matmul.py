@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import ConfigError, KernelUnavailable
-from trimtab.kernels import library
+from trimtab.core.errors import ConfigError, KernelUnavailable, NumericsError
+from trimtab.kernels import bench, library
+from trimtab.kernels.int_matmul import bench as int_bench
 from trimtab.kernels.int_matmul import int_matmul, native
 from trimtab.kernels.int_matmul.reference import int_matmul_reference, round_inputs
 from trimtab.kernels.packing import pack
@@ -344,3 +345,19 @@ def test_forced_backend_fails_rather_than_falls_back(monkeypatch: pytest.MonkeyP
     _, packed, scales = weight(4, 64, 4)
     options: dict[str, Any] = {"bits": 4, "in_features": 64, "x_bits": 4}
     assert "weight_scales is on meta" in str(native.refuses(x, packed, scales.to("meta"), **options))
+
+
+# The benchmark
+
+
+def test_benchmark_entries_and_no_speed_when_parity_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int_bench, "read_bandwidth_gbps", lambda: 10.0)
+    small = bench.Shape(96, 256, 2, traffic_bytes=1 << 16)
+    entries = int_bench.int_matmul_bench([small], [(4, 8)])
+    assert [entry["system"] for entry in entries] == ["trimtab/int-w4a8", "torch/bf16-linear"]
+    assert {entry["bench"] for entry in entries} == {"int-matmul"}
+    assert "int-matmul" in bench.BENCHMARKS
+    right = int_bench.int_matmul
+    monkeypatch.setattr(int_bench, "int_matmul", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(NumericsError, match="speed is not reported"):
+        int_bench.int_matmul_bench([small], [(4, 8)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import re
 import statistics
@@ -245,12 +246,25 @@ def _time(bench: str, setting: str, systems: Mapping[str, Calls]) -> list[dict[s
     return entries
 
 
+def _of_operation(name: str) -> Callable[[], list[dict[str, Any]]]:
+    """The benchmark in an operation's own folder, imported when it runs because it uses this module."""
+
+    def run_it() -> list[dict[str, Any]]:
+        module = importlib.import_module(f"trimtab.kernels.{name}.bench")
+        entries: list[dict[str, Any]] = getattr(module, f"{name}_bench")()
+        return entries
+
+    return run_it
+
+
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "grid-matmul": grid_matmul_bench,
     "grid-forms": grid_forms_bench,
     "grid-prefill": grid_prefill_bench,
     "grid-many": grid_many_bench,
     "half-linear": half_linear_bench,
+    "int-matmul": _of_operation("int_matmul"),
+    "codebook-matmul": _of_operation("codebook_matmul"),
 }
 
 
