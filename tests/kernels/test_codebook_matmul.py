@@ -242,7 +242,7 @@ def test_forced_backend_fails_rather_than_falls_back(monkeypatch: pytest.MonkeyP
 
 
 def test_benchmark_entries_and_no_speed_when_parity_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codebook_bench, "read_bandwidth_gbps", lambda: 10.0)
+    monkeypatch.setattr(bench, "read_bandwidth_gbps", lambda: 10.0)
     small = bench.Shape(96, 256, 2, traffic_bytes=1 << 16)
     entries = codebook_bench.codebook_matmul_bench([small], [(8, 2, 8), (4, 1, 10)])
     assert [entry["system"] for entry in entries] == [

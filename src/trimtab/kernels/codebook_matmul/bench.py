@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.kernels.bandwidth import read_bandwidth_gbps
-from trimtab.kernels.bench import Shape, _demand_parity, _dense_calls, _dense_weights, _inputs, _time
+from trimtab.kernels.bench import _TORCH, Calls, Shape, _demand_parity, _dense_calls, _dense_weights, _inputs, _time
 from trimtab.kernels.codebook_matmul import codebook_matmul
 from trimtab.kernels.codebook_matmul.reference import codebook_matmul_reference
 
@@ -25,23 +24,21 @@ def codebook_matmul_bench(
     """Codes of each kind, and torch's bfloat16 linear on the same shapes."""
     entries = []
     for shape in shapes:
-        what = ("codebook-matmul", str(shape), read_bandwidth_gbps())
         x = _inputs(shape)
-        for g, books, bits in kinds:
-            entries.append(_time(f"trimtab/codebook-{books}x{bits}-g{g}", *what, *_calls(shape, g, books, bits, x)))
-        torch_calls = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, "bf16-linear")
-        entries.append(_time("torch/bf16-linear", *what, *torch_calls))
+        systems = {f"trimtab/codebook-{m}x{b}-g{g}": _calls(shape, g, m, b, x) for g, m, b in kinds}
+        systems[_TORCH] = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, _TORCH)
+        entries += _time("codebook-matmul", str(shape), systems)
     return entries
 
 
-def _calls(shape: Shape, g: int, books: int, bits: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], int]:
+def _calls(shape: Shape, g: int, books: int, bits: int, x: Tensor) -> Calls:
     """One call per distinct matrix, and the bytes of one: codes, codebooks, scales. Raises NumericsError if parity is
     red."""
     generator = torch.Generator().manual_seed(bits)
     dtype = torch.uint8 if bits <= 8 else torch.int16
     size = (shape.out_features, shape.in_features // g, books)
     nbytes = size[0] * size[1] * books * dtype.itemsize + 2 * (books * 2**bits * g + shape.out_features)
-    calls: list[Callable[[], Tensor]] = []
+    calls: list[Callable[[], object]] = []
     for _ in range(max(2, -(-shape.traffic_bytes // nbytes))):
         codes = torch.randint(0, 2**bits, size, dtype=torch.int32, generator=generator).to(dtype)
         codebooks = torch.randn(books, 2**bits, g, generator=generator).half()

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.kernels.bandwidth import read_bandwidth_gbps
-from trimtab.kernels.bench import Shape, _demand_parity, _dense_calls, _dense_weights, _inputs, _time
+from trimtab.kernels.bench import _TORCH, Calls, Shape, _demand_parity, _dense_calls, _dense_weights, _inputs, _time
 from trimtab.kernels.int_matmul import int_matmul
 from trimtab.kernels.int_matmul.reference import int_matmul_reference
 from trimtab.kernels.packing import packed_bytes
@@ -24,21 +23,20 @@ def int_matmul_bench(shapes: Sequence[Shape] = SHAPES, bits: Sequence[tuple[int,
     """Inputs with a scale per row, each number of bits, and torch's bfloat16 linear on the same shapes."""
     entries = []
     for shape in shapes:
-        what = ("int-matmul", str(shape), read_bandwidth_gbps())
         x = _inputs(shape)
-        entries += [_time(f"trimtab/int-w{w}a{a}", *what, *_calls(shape, w, a, x)) for w, a in bits]
-        torch_calls = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, "bf16-linear")
-        entries.append(_time("torch/bf16-linear", *what, *torch_calls))
+        systems = {f"trimtab/int-w{w}a{a}": _calls(shape, w, a, x) for w, a in bits}
+        systems[_TORCH] = _dense_calls(_dense_weights(shape), x, torch.nn.functional.linear, _TORCH)
+        entries += _time("int-matmul", str(shape), systems)
     return entries
 
 
-def _calls(shape: Shape, bits: int, x_bits: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], int]:
+def _calls(shape: Shape, bits: int, x_bits: int, x: Tensor) -> Calls:
     """One call per distinct matrix, and the bytes of one: codes and scales. Raises NumericsError if parity is red."""
     generator = torch.Generator().manual_seed(bits)
     row = packed_bytes(shape.in_features, bits)
     nbytes = shape.out_features * (row + 2)
     options: dict[str, Any] = {"bits": bits, "in_features": shape.in_features, "x_bits": x_bits}
-    calls: list[Callable[[], Tensor]] = []
+    calls: list[Callable[[], object]] = []
     for _ in range(max(2, -(-shape.traffic_bytes // nbytes))):
         packed = torch.randint(0, 256, (shape.out_features, row), dtype=torch.uint8, generator=generator)
         scales = (torch.rand(shape.out_features, generator=generator) + 0.5).half()
