@@ -29,20 +29,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qbb", {"bits": 4, "holistic": False}),
     ("qbb", {"bits": 3, "sequences": 16, "length": 8, "constant": True, "scale_dtype": "float32"}),
     ("qbb", {"bits": 2, "refine": "gradient", "start": "gptq", "holistic": False}),
-    ("vq", {"bits": 2, "iterations": 3, "steps": 5}),
     ("vq", {"bits": 4, "iterations": 3, "data_free": True}),
-    ("pv_tuning", {"bits": 3, "base_options": ("group_size=16",), "steps": 3, "check_every": 1}),
+    ("vq", {"bits": 2, "iterations": 3, "steps": 5}),
+    ("pv_tuning", {"bits": 4, "base_options": ("group_size=16",), "steps": 3, "check_every": 1}),
     ("pv_tuning", {"bits": 2, "base": "vq", "base_options": ("iterations=3", "steps=3"), "steps": 2}),
     ("awq", {"bits": 4, "group_size": 16}),
     ("awq", {"bits": 3, "group_size": -1, "symmetric": True, "scaling": "duo"}),
     ("lq_lora", {"budget_bits": 3.5, "rank": 2}),
     ("lq_lora", {"budget_bits": 3.2, "rank": 1, "weighting": "none", "polish": True, "cost_iterations": 3}),
-    ("mixed", {"budget": "75kB", "quantizer": "rtn", "group_sizes": (16,)}),
+    ("mixed", {"budget": "97kB", "quantizer": "rtn", "widths": (2, 3), "group_sizes": (16,)}),
     ("mixed", {"budget": 0.64, "widths": (2, 4), "group_sizes": (16,), "zero_points": "always"}),
     ("qllm", {"bits": 4, "activation_bits": 8, "search_sequences": 1, "epochs": 1}),
     ("qllm", {"bits": 3, "activation_bits": 8, "group_size": 16, "rank": 0, "search_sequences": 1}),
     ("mergequant", {"bits": 4, "activation_bits": 8}),
-    ("mergequant", {"bits": 3, "activation_bits": 8, "rotate": True, "multiple": 16, "skip_first": True}),
+    ("mergequant", {"bits": 3, "activation_bits": 8, "rotate": False, "multiple": 16, "skip_first": True}),
 ]
 
 LADDERS: dict[str, list[dict[str, Any]]] = {
@@ -52,6 +52,9 @@ LADDERS: dict[str, list[dict[str, Any]]] = {
     "mixed": [{"budget": budget} for budget in ("71.5kB", "75kB", "83kB")],
 }
 """Options from coarse to fine of the methods that choose bits for each matrix; the others have an option `bits`."""
+
+WITH_FEW_TARGETS: dict[str, dict[str, Any]] = {"mixed": {"budget": "205kB"}}
+"""Options that change where most linears stay dense."""
 
 
 def least_bits(options: dict[str, Any]) -> int:

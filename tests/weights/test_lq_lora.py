@@ -72,7 +72,7 @@ def test_the_program_beats_uniform_configurations_and_more_bits_cost_less(
     for bits in (3, 4):
         uniform = next(f for f in formats if f.bits == bits and f.group_size == 16)
         with monkeypatch.context() as patch:
-            patch.setattr(LqLora, "formats", lambda self, only=uniform: iter([only]))
+            patch.setattr(LqLora, "formats", lambda self, only=uniform: (only,))
             one = plan_of(calibration, 9.0)
         mixture = plan_of(calibration, one["bits_per_weight"])
         assert mixture["sum_of_costs"] <= one["sum_of_costs"]

@@ -30,8 +30,9 @@ as compression, untrained, gptq with the bytes of the factors is mostly closer t
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -99,7 +100,7 @@ class LqLora(LinearMethod):
         for name in ("widths", "block_sizes"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ConfigError(f"LqLora: option {name}={getattr(self, name)} must hold positive numbers.")
-        list(self.formats())  # each checks itself
+        self.formats()  # each checks itself
         if not 0 < self.budget_bits < math.inf:
             raise ConfigError(f"LqLora: option budget_bits={self.budget_bits} must be a positive number.")
         if self.exact_costs and self.weighting != "fisher":
@@ -109,16 +110,9 @@ class LqLora(LinearMethod):
     def needs_text(self) -> bool:
         return self.weighting == "fisher"
 
-    def formats(self) -> Iterator[TableFormat]:
+    def formats(self) -> tuple[TableFormat, ...]:
         """All configurations, (b, b0, b1, B0, B1) in the paper's letters."""
-        scale_bits: tuple[int, ...] = (4, 8)
-        dtypes: tuple[Literal["float32", "float16", "bfloat16"], ...] = ("float32",)
-        scale_blocks: tuple[int, ...] = (256,)
-        if self.configurations == "all":
-            scale_bits, dtypes, scale_blocks = WIDTHS, ("bfloat16", "float16", "float32"), (16, 64, 256)
-        for bits, b0, b1, size, outer in product(self.widths, scale_bits, dtypes, self.block_sizes, scale_blocks):
-            nested = NestedFormat(bits=cast(Bits, b0), block_size=outer, dtype=b1)
-            yield TableFormat(bits=cast(Bits, bits), group_size=size, nested=nested)
+        return _formats(tuple(self.widths), tuple(self.block_sizes), self.configurations == "all")
 
     def formats_of(self, linear: LinearView) -> list[TableFormat]:
         """Those whose blocks divide the width of `linear`. Raises TargetError if there is none."""
@@ -284,6 +278,20 @@ def decompose(weight: Tensor, metric: Metric, fmt: TableFormat, first: LowRank, 
         best = Decomposition(quantized, low_rank, tuple(errors), turn)
     assert best is not None
     return best
+
+
+@functools.cache
+def _formats(widths: tuple[int, ...], block_sizes: tuple[int, ...], every: bool) -> tuple[TableFormat, ...]:
+    scale_bits: tuple[int, ...] = (4, 8)
+    dtypes: tuple[Literal["float32", "float16", "bfloat16"], ...] = ("float32",)
+    scale_blocks: tuple[int, ...] = (256,)
+    if every:
+        scale_bits, dtypes, scale_blocks = WIDTHS, ("bfloat16", "float16", "float32"), (16, 64, 256)
+    found = []
+    for bits, b0, b1, size, outer in product(widths, scale_bits, dtypes, block_sizes, scale_blocks):
+        nested = NestedFormat(bits=cast(Bits, b0), block_size=outer, dtype=b1)
+        found.append(TableFormat(bits=cast(Bits, bits), group_size=size, nested=nested))
+    return tuple(found)
 
 
 def _metric(linear: LinearView, factors: Mapping[str, Tensor]) -> Metric:
