@@ -54,7 +54,8 @@ def test_plain_types_are_the_packages_bytes(name: str) -> None:
     """Zeros, halves that round away from zero and large values included."""
     weight = gaussian(16, 512) * torch.logspace(-3, 2, 16)[:, None]
     weight[3] = 0
-    weight[5] = torch.arange(512) % 255 / 2.0 - 63.5
+    weight[5] = torch.arange(512) % 100 - 49.5
+    weight[5, ::32] = 127  # d is 1, and all other codes of Q8_0 are halves
     kind = gguf.GGMLQuantizationType[name.upper()]
     expected = quants.quantize(weight.numpy(), kind)
     assert np.array_equal(project_blocks(weight, name).tobytes(16).numpy(), expected)
