@@ -22,8 +22,8 @@ from trimtab.kernels.library import DTYPES, ZERO_DTYPES, GridWeightStruct, isa_l
 
 MAX_ROWS = 64
 """Rows of x up to which the library multiplies; with more, torch does."""
-BLOCK_WEIGHTS = 1 << 21
-"""Weights written out at a time when there are more rows."""
+BLOCK_WEIGHTS = 1 << 24
+"""Weights written out at a time when there are more rows: torch's product prefers them over cache-sized blocks."""
 
 _FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
 
