@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
+from trimtab.kernels.codebook_matmul import codebook_matmul
 from trimtab.tensors.base import Part, checked_buffers, shape_from_spec, stored_like
 from trimtab.tensors.codebook_search import best_codes, best_codes_of_rows, sum_of_codes
 
@@ -85,7 +86,7 @@ class Codebook(Part):
         return self.dense(self.continuous()).to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.dequantize(x.dtype))
+        return codebook_matmul(x, self.codes, self.codebooks, self.scales, in_features=self.shape[1])
 
     def project(
         self,

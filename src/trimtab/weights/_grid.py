@@ -27,16 +27,23 @@ class GridMethod(GroupMethod):
     clip          "none": the full range of the group. "mse": the shrunken range of least |error|^2.4. "imatrix": the
                   same weighted by E[x_j^2], which needs calibration data
     scale_dtype   stored dtype of the scales; rounded to it before any code is computed
+    zero_dtype    stored dtype of the zero points. "float16": fractional, so that a group's range is met exactly and
+                  pv_tuning can tune them; 8 bits more per group
     """
 
     symmetric: bool = False
     clip: Clip = "none"
     scale_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
+    zero_dtype: Literal["uint8", "float16"] = "uint8"
 
     @property
     def format(self) -> GridFormat:
         return GridFormat(
-            bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=self.scale_dtype,
+            zero_dtype=self.zero_dtype,
         )
 
     @property
