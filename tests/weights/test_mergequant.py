@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 import trimtab as tt
 from trimtab.core.errors import ConfigError
 from trimtab.evaluation.outliers import inject_outliers
+from trimtab.kernels.int_matmul import int_matmul
 from trimtab.models.calibration import BlockStream
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.folding import NormFold
 from trimtab.models.random import random_model
 from trimtab.models.views import ModelView
+from trimtab.tensors import compressed as tensors_compressed
 from trimtab.tensors.activations import ActivationGrid
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GridFormat, GroupGrid
@@ -33,7 +35,7 @@ from trimtab.weights._step_migration import Copies
 from trimtab.weights.mergequant import Mergequant
 from trimtab.weights.rtn import Rtn
 
-NAIVE: dict[str, Any] = {"split": False, "adaptive_clip": False, "rank": 0, "gptq": False}
+NAIVE: dict[str, Any] = {"split": False, "adaptive_clip": False, "rank": 0, "gptq": False, "rotate": False}
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -143,14 +145,17 @@ def test_the_spare_room_goes_to_the_strongest() -> None:
 
 
 class Reductions(TorchDispatchMode):
-    """Names of all operations that look for a largest or smallest value."""
+    """Names of all operations that look for a largest or smallest of numbers that are no indices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(word in str(func) for word in ("amax", "amin", "max.", "min.", "aminmax", "norm", "topk", "sort")):
+        floats = any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
+        if floats and any(
+            word in str(func) for word in ("amax", "amin", "max.", "min.", "aminmax", "norm", "topk", "sort")
+        ):
             self.seen.add(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -278,22 +283,43 @@ def test_steps_hold_on_other_text_of_the_kind() -> None:
 # 6. Whole numbers
 
 
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_whole_number_products_are_the_float_ones(calibration: CalibrationSet, bits: Any) -> None:
-    """W_int X_int in int32, then the scale of the row, is what the layer computes."""
-    model = compress(random_model("llama"), Mergequant(bits=bits, activation_bits=bits), calibration)
+def test_whole_number_products_are_the_float_ones(calibration: CalibrationSet, bits: Any, rotate: bool) -> None:
+    """W_int X_int in int32, then the scale of the row, is what the layer computes; so are rounded floats."""
+    model = compress(random_model("llama"), Mergequant(bits=bits, activation_bits=bits, rotate=rotate), calibration)
     for linear in ModelView.of(model).blocks[0].linears:
         layer = linear.compressed
         assert layer is not None
         (grid,), transform = layer.tensor.parts, layer.tensor.transform
         assert isinstance(grid, GroupGrid)
-        assert isinstance(transform, ActivationGrid)
+        assert transform is not None
         x = torch.randn(7, linear.in_features, generator=torch.Generator().manual_seed(1)) * 4
+        torch.testing.assert_close(layer(x), grid.matmul(transform.apply(x)), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(layer(x), x @ layer.dequantize().T, rtol=1e-3)
+        given = x
+        if isinstance(transform, Chain):
+            x, transform = transform.steps[0].apply(x), transform.steps[1]
+        assert isinstance(transform, ActivationGrid)
         codes, step, _ = transform.integers(x)
         whole = codes.int() @ (grid.codes().int() - grid.format.levels // 2).T
         expected = whole.float() * grid.scales.float()[:, 0] * (1.0 if step is None else step)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(layer(x), x @ layer.dequantize().T, rtol=1e-3)
+        torch.testing.assert_close(layer(given), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_multiply_whole_numbers(calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them go through the kernel for it, with the step 1 where inputs are static."""
+    seen: list[float | None] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["x_scale"])
+        return int_matmul(*args, **kwargs)
+
+    model = compress(random_model("llama"), Mergequant(rotate=True), calibration)
+    monkeypatch.setattr(tensors_compressed, "int_matmul", watched)
+    with torch.no_grad():
+        model(input_ids=calibration.tokens)
+    assert seen == 2 * [1.0, 1.0, 1.0, None, 1.0, 1.0, None]
 
 
 # Compensation and removal

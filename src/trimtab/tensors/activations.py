@@ -5,7 +5,8 @@ static     the producer (a norm whose weight was divided by the channels' steps)
 token      per token, symmetric: s = max|x| / m, integers as above; asymmetric: s = (max - min) / (2^bits - 1),
            z = round(-min / s), integers `clip(round(x / s) + z, 0, 2^bits - 1)`; the value is `s (integer - z)`
 
-Rounding is half to even. Steps are at least 1e-5 and at most 1e4, as in QLLM's code, so a token of zeros stays zero.
+Rounding is half to even, and a token of zeros stays zero. Asymmetric steps are at least 1e-5 and at most 1e4, as in
+QLLM's code.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class ActivationGrid(Transform):
         if self.mode == "static":
             codes = wide.round().clamp(-self.largest, self.largest)
         elif self.symmetric:
-            step = (wide.abs().amax(-1, keepdim=True) / self.largest).clamp(_SMALLEST_STEP, _LARGEST_STEP)
+            step = wide.abs().amax(-1, keepdim=True) / self.largest
+            step = torch.where(step == 0, 1.0, step)
             codes = (wide / step).round().clamp(-self.largest, self.largest)
         else:
             levels = (1 << self.bits) - 1

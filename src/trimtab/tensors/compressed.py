@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError
+from trimtab.kernels.int_matmul import int_matmul
+from trimtab.tensors.activations import ActivationGrid
 from trimtab.tensors.base import Part, part_class, part_from_state
-from trimtab.tensors.transform import Buffers, Transform, transform_class, transform_from_state
+from trimtab.tensors.grid import GroupGrid
+from trimtab.tensors.transform import Buffers, Chain, Transform, transform_class, transform_from_state
 
 _TRANSFORM = "transform"
 
@@ -63,8 +66,33 @@ class CompressedTensor:
         if x.shape[-1] != self.shape[1]:
             raise ConfigError(f"input of shape {list(x.shape)} for a weight of shape {list(self.shape)} ([out, in]).")
         if self.transform is not None:
+            if (product := self._whole_numbers(x, self.transform)) is not None:
+                return product
             x = self.transform.apply(x)
         return reduce(torch.add, (part.matmul(x) for part in self.parts))
+
+    def _whole_numbers(self, x: Tensor, transform: Transform) -> Tensor | None:
+        """The same product with whole numbers, if rounded inputs meet one grid that has nothing but a scale per row."""
+        steps = transform.steps if isinstance(transform, Chain) else (transform,)
+        rounding, part = steps[-1], self.parts[0]
+        if not isinstance(rounding, ActivationGrid) or not isinstance(part, GroupGrid) or len(self.parts) > 1:
+            return None
+        fmt = part.format
+        if not (fmt.symmetric and fmt.axis == "in" and fmt.bits in (4, 8) and part.scales.shape[1] == 1):
+            return None
+        for step in steps[:-1]:
+            x = step.apply(x)
+        return int_matmul(
+            x,
+            part.packed,
+            part.scales[:, 0],
+            bits=fmt.bits,
+            in_features=part.in_features,
+            x_bits=rounding.bits,
+            x_scale=1.0 if rounding.mode == "static" else None,
+            x_symmetric=rounding.symmetric,
+            index=rounding.index,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ the column W'_j / k_j, which is exact. T = mean(s) + alpha std(s), alpha searche
 *Compensation* adds a low-rank change to W' that repairs what the rounding of inputs does, before W' is rounded.
 
 o, down and linears whose norm has readers that are no targets get inputs rounded per token (symmetric, dynamic), behind
-a Hadamard rotation if `rotate` is set; compensation and rounding are the same. The run record says which is which
+a Hadamard rotation unless `rotate=False`; compensation and rounding are the same. The run record says which is which
 (`activations`).
 
 The authors have published no code. Reconstructed by us:
@@ -28,7 +28,8 @@ The authors have published no code. Reconstructed by us:
     training; W' with it is then rounded by GPTQ on the second moment of the rounded inputs (act-order, grid of the
     uncorrected weight).
   - With `keep_width` the channels that matter least are removed for the copies (Optimal Brain Surgeon on W').
-  - One step per channel for all readers of the norm; inputs of o and down per token.
+  - One step per channel for all readers of the norm; inputs of o and down per token, rotated as in QuaRot
+    (arXiv:2404.00456).
   - Position 0 can be left out of steps and moments (`skip_first`), for models whose first token is an outlier of its
     own; that token is then clipped.
 
@@ -112,7 +113,7 @@ class Mergequant(BlockMethod):
     adaptive_clip: bool = True
     rank: int = 16
     gptq: bool = True
-    rotate: bool = False
+    rotate: bool = True
     skip_first: bool = False
     sequences: int = 32
     scale_dtype: Literal["float16", "float32", "bfloat16"] = "float16"

@@ -18,8 +18,11 @@ def round_inputs(x: Tensor, *, x_bits: int, x_scale: float | None, x_symmetric: 
     The scale of a row that cannot be rounded is NaN.
     """
     x = x.float()
+    nan = x.new_full((*x.shape[:-1], 1), float("nan"))
+    if x_scale is not None:  # static: nothing is measured
+        scale = torch.where(x.isnan().any(-1, keepdim=True), nan, x_scale)
+        return _symmetric(x, scale, x_bits), scale, torch.zeros_like(scale)
     smallest, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    nan = torch.full_like(largest, float("nan"))
     if not x_symmetric:
         top = 2.0**x_bits - 1
         scale = ((largest - smallest) / top).clamp(*SCALE_LIMITS)
@@ -30,14 +33,14 @@ def round_inputs(x: Tensor, *, x_bits: int, x_scale: float | None, x_symmetric: 
             torch.where(smallest.isfinite() & largest.isfinite(), scale, nan),
             zero.nan_to_num(0.0),
         )
-    top = 2.0 ** (x_bits - 1) - 1
     magnitude = torch.maximum(largest, -smallest)
-    if x_scale is None:
-        scale = torch.where(magnitude.isfinite(), magnitude / top, nan)
-    else:
-        scale = torch.where(magnitude.isnan(), nan, torch.full_like(magnitude, x_scale))
-    q = torch.where(scale == 0, 0.0, (x / scale).round().clamp(-top, top))
-    return q.nan_to_num(0.0), scale, torch.zeros_like(scale)
+    scale = torch.where(magnitude.isfinite(), magnitude / (2.0 ** (x_bits - 1) - 1), nan)
+    return _symmetric(x, scale, x_bits), scale, torch.zeros_like(scale)
+
+
+def _symmetric(x: Tensor, scale: Tensor, x_bits: int) -> Tensor:
+    top = 2.0 ** (x_bits - 1) - 1
+    return torch.where(scale == 0, 0.0, (x / scale).round().clamp(-top, top)).nan_to_num(0.0)
 
 
 def int_matmul_reference(
