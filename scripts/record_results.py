@@ -1,11 +1,14 @@
 """Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
-    python scripts/record_results.py compare    every weight method on ref, all tasks
+    python scripts/record_results.py compare    rtn and gptq at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py weights    every weight method on ref with seeds, outliers and a second text [FILE]
     python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
+    python scripts/record_results.py decode     decoding with compressed weights, likewise
+    python scripts/record_results.py linear     single layers, likewise
+    python scripts/record_results.py compress-time  time and memory of compressing, likewise
 
 Result files are added and not edited; a second run on the same day and machine replaces that day's file.
 """
@@ -27,27 +30,21 @@ from trimtab.core.run_record import RunRecord
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 DOES_NOT_HOLD = 3
-COMPARED = (
-    ("rtn,gptq", ("--bits", "8")),
-    ("rtn,gptq,awq,nf,hqq,vq,loftq,qbb", ("--bits", "2,3,4")),
-    ("lq_lora,pv_tuning", ("--bits", "2,3")),
-    ("rtn,mergequant,qllm", ("--bits", "4", "--set", "activation_bits=4", "--set", "rtn.group_size=-1")),
-)
-"""Methods and options of the rows of `trimtab compare`; each run has the uncompressed model as its first row."""
-TEXT_SIZE = ("--sequences", "32", "--length", "512")
+METHODS, BITS = "rtn,gptq", "2,3,4,8"
 _W4A4 = {"bits": 4, "activation_bits": 4}
 SURVEYED: dict[str, list[dict[str, Any]]] = {
-    **{name: [{"bits": bits} for bits in (2, 3, 4)] for name in ("rtn", "gptq", "awq", "nf", "hqq", "vq", "loftq")},
+    **{name: [{"bits": bits} for bits in (2, 3, 4)] for name in ("rtn", "gptq", "awq", "nf", "hqq", "loftq")},
     "mergequant": [_W4A4],
 }
 SURVEYED["rtn"] = [*SURVEYED["rtn"], {**_W4A4, "group_size": -1}]
 SURVEYED_ONCE: dict[str, list[dict[str, Any]]] = {
+    "vq": [{"bits": 2}, {"bits": 3}],
     "lq_lora": [{"bits": 2}, {"bits": 3}],
     "qbb": [{"bits": 2}, {"bits": 3}, {"bits": 4}],
     "pv_tuning": [{"bits": 2}, {"bits": 3}],
     "qllm": [{**_W4A4, "epochs": 3}],
 }
-"""Methods that train take one seed."""
+"""Methods that take a minute or more have one seed."""
 
 
 def trimtab(*arguments: str, accept: Sequence[int] = (0,)) -> tuple[Any, int]:
@@ -59,18 +56,13 @@ def trimtab(*arguments: str, accept: Sequence[int] = (0,)) -> tuple[Any, int]:
 
 
 def compare() -> tuple[dict[str, Any], int]:
-    """All methods of the weights room on `ref`."""
-    records: list[dict[str, Any]] = []
-    for number, (methods, options) in enumerate(COMPARED):
-        with tempfile.TemporaryDirectory() as folder:
-            out = os.path.join(folder, "comparison")
-            found, status = trimtab("compare", "ref", "--methods", methods, *options, *TEXT_SIZE, "-o", out, "--json")
-        if status:
-            return {}, status
-        records += found if number == 0 else found[1:]
+    """What `trimtab compare` says of the two baselines on `ref`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "comparison")
+        records, status = trimtab("compare", "ref", "--methods", METHODS, "--bits", BITS, "-o", out, "--json")
     for record in records:
         record["metrics"].pop("samples", None)
-    return {"records": records}, 0
+    return {"records": records}, status
 
 
 def weights(second_text: str | None = None) -> tuple[dict[str, Any], int]:
@@ -116,15 +108,41 @@ LONG_SYSTEMS = "trimtab/kivi-4,trimtab/kivi-2,transformers/dynamic-bf16,llama.cp
 
 def kv_decode() -> tuple[dict[str, Any], int]:
     """trimtab's caches and other libraries' at 8,192 tokens; at 32,768 those that can be compared in minutes."""
-    settings = (("8192", ()), ("32768", ("--systems", LONG_SYSTEMS, "--steps", "16")))
-    commands, entries, worst = [], [], 0
-    for context, options in settings:
-        command = ("bench", "kv-decode", "--context", context, "--seed", "0", *options, "--json")
-        found, status = trimtab(*command)
-        commands.append(" ".join(("trimtab", *command)))
-        entries += found
-        worst = max(worst, status)
-    return {"command": "; ".join(commands), "seed": 0, "entries": entries}, worst
+    return benchmarks(
+        ("kv-decode", "--context", "8192"),
+        ("kv-decode", "--context", "32768", "--systems", LONG_SYSTEMS, "--steps", "16"),
+    )
+
+
+def decode() -> tuple[dict[str, Any], int]:
+    """Compressed weights with a short context; then with trimtab's 4-bit cache at 8,192 tokens."""
+    ranks = ",".join(f"trimtab/grid-4+rank-{rank}" for rank in (16, 64))
+    return benchmarks(
+        ("decode",),
+        ("decode", "--systems", f"trimtab/grid-4,trimtab/grid-4-128,trimtab/nf-4,{ranks}"),
+        ("decode", "--cache", "kivi-4", "--context", "8192", "--steps", "32"),
+    )
+
+
+def linear() -> tuple[dict[str, Any], int]:
+    """Single layers of every representation."""
+    return benchmarks(("linear",))
+
+
+def compress_time() -> tuple[dict[str, Any], int]:
+    """Both models."""
+    return benchmarks(("compress", "--model", "ref"), ("compress", "--model", "random"))
+
+
+def benchmarks(*commands: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """The entries of several `trimtab bench` commands, one after the other."""
+    whole = [("bench", *command, "--seed", "0", "--json") for command in commands]
+    found = [trimtab(*command) for command in whole]
+    return {
+        "command": "; ".join(" ".join(("trimtab", *command)) for command in whole),
+        "seed": 0,
+        "entries": [entry for entries, _ in found for entry in entries],
+    }, max(status for _, status in found)
 
 
 THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
@@ -134,6 +152,9 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "caches": caches,
     "evaluate": evaluate,
     "kv-decode": kv_decode,
+    "decode": decode,
+    "linear": linear,
+    "compress-time": compress_time,
 }
 
 

@@ -45,9 +45,9 @@ def newest(theme: str) -> Document | None:
 
 
 def compare_table(document: Document, method: str | None) -> str:
-    """Rows of `trimtab compare`: the uncompressed model first; with `method`, only that method's, or those of `3-bit`."""
+    """Rows of `trimtab compare`: the uncompressed model first; with `method`, only that method's."""
     rows = [row_of(RunRecord.from_dict(record)) for record in document["records"]]
-    chosen = [row for row in rows if row.baseline or method in (None, row.method, row.label.rpartition(" ")[2])]
+    chosen = [row for row in rows if row.baseline or method in (None, row.method)]
     if all(row.baseline for row in chosen):
         return ""
     tasks = _tasks_to_show(rows)
@@ -145,20 +145,27 @@ def caches_table(document: Document, method: str | None) -> str:
 
 
 def weights_table(document: Document, method: str | None) -> str:
-    """Rows of the weights survey: bytes, then KL plain and with outlier channels, on both texts."""
-    entries = [e for e in document["entries"] if method in (None, e["method"])]
+    """Rows of the weights survey: bytes, KL plain and with outlier channels on both texts, tasks of the plain model.
+
+    `method` is that method's rows, or `3-bit` those of that width.
+    """
+    entries = [e for e in document["entries"] if method in (None, e["method"]) or f" {method}" in e["label"]]
     if not entries:
         return ""
+    tasks = list(document["uncompressed"])
     columns = ["method", "bits per weight", "bytes at rest"]
     texts = {"prose": "prose"} | ({"second_text": str(document["second_text"])} if document.get("second_text") else {})
     places = [(condition, key) for condition in ("plain", "outliers") for key in texts]
     columns += [f"KL, {texts[key]}{'' if condition == 'plain' else ', outliers'}" for condition, key in places]
-    rows = []
+    columns += ["bits per byte of prose" if task == "prose" else task for task in tasks]
+    first_cells = ["uncompressed", *[text.NOTHING] * (2 + len(places))]
+    rows = [first_cells + [text.number(document["uncompressed"][task]["value"]) for task in tasks]]
     for entry in sorted(entries, key=lambda e: float(e["runs"][0]["bytes_at_rest"])):
         first = entry["runs"][0]
         cells = [entry["label"], f"{first['bits_per_weight']:.2f}", text.size(first["bytes_at_rest"])]
-        rows.append(cells + [_over_seeds(entry["runs"], *place) for place in places])
-    note = "KL to the original in nats per token: mean over seeds, and their range."
+        cells += [_over_seeds(entry["runs"], *place) for place in places]
+        rows.append(cells + [text.number(entry["tasks"][task]["value"]) for task in tasks])
+    note = "KL to the original in nats per token: mean over seeds, and their range; other columns: first seed."
     return f"{markdown(columns, rows)}\n\n{source_line(document, note)}"
 
 

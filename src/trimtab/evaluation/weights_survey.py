@@ -4,11 +4,13 @@ plain       the model as it is
 outliers    function-preserving outlier channels injected into the activations, as large models have them
 
 The model runs in float32. A seed draws the calibration text, the outlier channels and whatever a method draws; the
-windows that are measured stay the same. Bytes are those of the model with its dense parts in bfloat16, as it ships.
+windows that are measured stay the same. Tasks are asked once, of the plain model with the first seed. Bytes are those
+of the model with its dense parts in bfloat16, as it ships.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trimtab.core.recipe import Recipe
+from trimtab.evaluation._evaluate import evaluate
 from trimtab.evaluation.kl import NextTokens, divergence
 from trimtab.evaluation.outliers import inject_outliers
 from trimtab.models import info_of, ledger_of, load, tokenizer_of
@@ -30,6 +33,8 @@ CONDITIONS = ("plain", "outliers")
 SEEDS = (0, 1, 2)
 SEQUENCES, LENGTH = 32, 256
 WINDOWS = 16
+TASKS = ("prose", "recall", "facts", "format", "arithmetic")
+DOCUMENTS = 100
 
 
 def survey(
@@ -48,14 +53,16 @@ def survey(
     second_text    beside the held-out prose; never used to calibrate
     processes      methods measured at a time, each with one thread
     """
+    calibration = {"sequences": SEQUENCES, "length": LENGTH}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        baseline = pool.submit(_uncompressed_tasks, model)
         futures = [pool.submit(_entry, model, n, dict(o), second_text, seeds, conditions) for n, o in settings]
         entries = []
         for future in futures:
             entries.append(future.result())
             tell(f"[{len(entries)}/{len(futures)}] {entries[-1]['label']}")
-    calibration = {"sequences": SEQUENCES, "length": LENGTH}
-    return {"model": model, "windows": WINDOWS, "calibration": calibration, "entries": entries}
+        tasks = baseline.result()
+    return {"model": model, "windows": WINDOWS, "calibration": calibration, "uncompressed": tasks, "entries": entries}
 
 
 def _one_thread() -> None:
@@ -76,14 +83,32 @@ def _entry(
     conditions: Sequence[str],
 ) -> dict[str, Any]:
     recipe = Recipe.from_dict({"steps": [{"method": name, **options}]}, source=name)
-    runs = [_run(model, recipe, second_text, condition, seed) for condition in conditions for seed in seeds]
+    runs = []
+    tasks: dict[str, Any] = {}
+    for condition in conditions:
+        for seed in seeds:
+            run, subject = _run(model, recipe, second_text, condition, seed)
+            runs.append(run)
+            tasks = tasks or _tasks(subject)
     shown = [f"{key}={value}" for key, value in options.items() if key != "bits"]
     bits = recipe.steps[0].options.get("bits")
     label = " ".join([name, *([] if bits is None else [f"{bits}-bit"]), ", ".join(shown)]).strip()
-    return {"label": label, "method": name, "options": recipe.steps[0].options, "runs": runs}
+    return {"label": label, "method": name, "options": recipe.steps[0].options, "runs": runs, "tasks": tasks}
 
 
-def _run(model: str, recipe: Recipe, second_text: Path | None, condition: str, seed: int) -> dict[str, Any]:
+def _uncompressed_tasks(model: str) -> dict[str, Any]:
+    return _tasks(load(model, dtype=torch.float32))
+
+
+def _tasks(subject: PreTrainedModel) -> dict[str, Any]:
+    """The main metric of each task."""
+    found = evaluate(subject, TASKS, limit=DOCUMENTS)
+    return {name: next(iter(result.metrics.values())).to_dict() for name, result in found.items()}
+
+
+def _run(
+    model: str, recipe: Recipe, second_text: Path | None, condition: str, seed: int
+) -> tuple[dict[str, Any], PreTrainedModel]:
     from trimtab.weights import compress
 
     subject: PreTrainedModel = load(model, dtype=torch.float32)
@@ -100,8 +125,8 @@ def _run(model: str, recipe: Recipe, second_text: Path | None, condition: str, s
         figures[key] = {name: estimate.to_dict() for name, estimate in moved.items()}
     record = info_of(subject).record
     assert record is not None
-    ledger = ledger_of(torch.nn.Module.bfloat16(subject))
-    return {
+    ledger = ledger_of(torch.nn.Module.bfloat16(copy.deepcopy(subject)))
+    figures_of_run = {
         "condition": condition,
         "seed": seed,
         "seconds": seconds,
@@ -109,3 +134,4 @@ def _run(model: str, recipe: Recipe, second_text: Path | None, condition: str, s
         "bits_per_weight": ledger.bits_per_weight,
         "texts": figures,
     }
+    return figures_of_run, subject
