@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def write_tokens(directory: Path, tokens: Tensor) -> None:
     save_file({"tokens": tokens.contiguous()}, directory / TOKENS_FILE)
 
 
-class TorchSession:
+class TorchSession(ABC):
     """A transformers model and the calibration tokens."""
 
     library = "trimtab"
@@ -40,6 +41,10 @@ class TorchSession:
         self.directory, self.setting = directory, setting
         self.model: Any = models.load(directory)
         self.tokens = load_file(directory / TOKENS_FILE)["tokens"]
+
+    @abstractmethod
+    def compress(self) -> None:
+        """What is timed."""
 
     def compressed(self) -> Iterator[tuple[str, Tensor]]:
         """Name of each compressed layer, and the dense float32 weight that it stands for."""
@@ -54,7 +59,7 @@ class TorchSession:
         error, total = 0.0, 0.0
         for name, found in self.compressed():
             missing -= 1
-            weight = original.get_submodule(name).weight.detach().float()  # type: ignore[operator,union-attr]
+            weight = original.get_submodule(name).weight.detach().float()  # type: ignore[operator]
             error += float((found.float() - weight).square().sum())
             total += float(weight.square().sum())
         return float("nan") if missing else error / total
