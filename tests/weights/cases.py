@@ -37,7 +37,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("awq", {"bits": 3, "group_size": -1, "symmetric": True, "scaling": "duo"}),
     ("lq_lora", {"budget_bits": 3.5, "rank": 2}),
     ("lq_lora", {"budget_bits": 3.2, "rank": 1, "weighting": "none", "polish": True, "cost_iterations": 3}),
-    ("mixed", {"budget": "97kB", "quantizer": "rtn", "widths": (2, 3), "group_sizes": (16,)}),
+    ("mixed", {"budget": "98kB", "quantizer": "rtn", "widths": (2, 3), "group_sizes": (16,)}),
     ("mixed", {"budget": 0.64, "widths": (2, 4), "group_sizes": (16,), "zero_points": "always"}),
     ("qllm", {"bits": 4, "activation_bits": 8, "search_sequences": 1, "epochs": 1}),
     ("qllm", {"bits": 3, "activation_bits": 8, "group_size": 16, "rank": 0, "search_sequences": 1}),

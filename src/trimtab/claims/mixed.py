@@ -23,7 +23,7 @@ __all__ = ["CLAIMS"]
 
 BUDGETS = (0.28, 0.32, 0.38)
 GROUPS = (32, 64, -1)
-SEQUENCES, LENGTH = 64, 128
+SEQUENCES, LENGTH = 96, 128
 UNIFORM = tuple(Gptq(bits=bits, group_size=size) for bits in (2, 3, 4) for size in GROUPS)
 
 

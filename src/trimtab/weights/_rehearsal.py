@@ -15,7 +15,7 @@ from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.captured_call import first_output
 from trimtab.models.views import ModelView
 
-SEQUENCES, LENGTH = 16, 256
+SEQUENCES, LENGTH = 32, 128
 """What is read of a calibration set, at most: many short pieces tell more than a few long ones."""
 
 

@@ -14,7 +14,7 @@ read.
 The expectation (`expected_kl_nats_per_token` in the record's `plan`) is KL(original || compressed) on text like the
 calibration text.
 
-Cost: all candidates of all matrices are made, and two passes over 16 x 256 tokens per matrix are run. When it fails:
+Cost: all candidates of all matrices are made, and two passes over 32 x 128 tokens per matrix are run. When it fails:
 with calibration text unlike the text in use; near the smallest possible budget, where there is nothing to choose.
 """
 
