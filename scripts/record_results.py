@@ -2,6 +2,7 @@
 
     python scripts/record_results.py compare    rtn and gptq at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py weights    every weight method on ref with seeds, outliers and a second text [FILE]
+    python scripts/record_results.py weights-peers    other libraries' quantizers and ours, where they are installed
     python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
@@ -103,6 +104,17 @@ def caches() -> tuple[dict[str, Any], int]:
     return survey("ref", tell=lambda line: print(line, file=sys.stderr, flush=True)), 0
 
 
+def weights_peers() -> tuple[dict[str, Any], int]:
+    """Other libraries' quantizers and ours at 2 and 3 bits on `ref`; run it where they are installed."""
+    from trimtab.evaluation.weights_peers import measure
+
+    entries = []
+    for entry in measure():
+        print(entry["system"], entry["bits"], entry.get("error", ""), file=sys.stderr, flush=True)
+        entries.append(entry)
+    return {"entries": entries}, 0
+
+
 LONG_SYSTEMS = "trimtab/kivi-4,trimtab/kivi-2,transformers/dynamic-bf16,llama.cpp/q8_0"
 
 
@@ -148,6 +160,7 @@ def benchmarks(*commands: Sequence[str]) -> tuple[dict[str, Any], int]:
 THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "compare": compare,
     "weights": weights,
+    "weights-peers": weights_peers,
     "claims": claims,
     "caches": caches,
     "evaluate": evaluate,

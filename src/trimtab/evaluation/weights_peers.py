@@ -53,7 +53,8 @@ def llmcompressor_gptq(model: PreTrainedModel, text: CalibrationSet, bits: int) 
 def auto_round(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
     """auto-round with its default 200 steps per block, asymmetric groups."""
     module: Any = importlib.import_module("auto_round")
-    loader = torch.utils.data.DataLoader([{"input_ids": row} for row in text.tokens], batch_size=8)
+    rows: Any = [{"input_ids": row} for row in text.tokens]
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=8)
     tuner = module.AutoRound(
         model,
         tokenizer_of(model),

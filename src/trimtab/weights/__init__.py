@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from trimtab.weights.hqq import Hqq as Hqq
     from trimtab.weights.loftq import Loftq as Loftq
     from trimtab.weights.lq_lora import LqLora as LqLora
-    from trimtab.weights.mixed import Mixed as Mixed
     from trimtab.weights.mergequant import Mergequant as Mergequant
+    from trimtab.weights.mixed import Mixed as Mixed
     from trimtab.weights.nf import Nf as Nf
     from trimtab.weights.pv_tuning import PvTuning as PvTuning
     from trimtab.weights.qbb import Qbb as Qbb
