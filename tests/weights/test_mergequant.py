@@ -44,7 +44,7 @@ def compress(model: PreTrainedModel, method: Any, calibration: CalibrationSet, *
 
 
 def toy() -> tuple[Tensor, Tensor]:
-    """The sheet's: inputs [512, 256] with five channels 10 to 40 times the others, weights [192, 256]."""
+    """Inputs [512, 256] with five channels 10 to 40 times the others, weights [192, 256]."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 256, generator=generator)
     x[:, [17, 80, 111, 200, 230]] *= torch.linspace(10, 40, 5)
