@@ -85,6 +85,7 @@ class CodeStepper:
     def step(self, rate: float) -> int:
         """The number of code groups that changed."""
         layer = self.layer
+        layer.keep_positive()
         weight = layer.weight()  # of the previous codes and the new numbers
         norm = weight.norm()
         update = self.buffer - rate * self.direction.step(layer.gradient, norm)

