@@ -160,6 +160,11 @@ def test_scales_are_divided_out_before_vectors_are_compared() -> None:
     assert torch.equal(p.codes[0], p.codes[2])
 
 
+def test_a_target_that_lies_transposed_in_memory_is_the_same_target() -> None:
+    p, target = part(), drawn(12, 24, seed=7)
+    assert torch.equal(p.project(target.T.contiguous().T).codes, p.project(target).codes)
+
+
 def test_rows_of_scale_zero_are_zero() -> None:
     p = part()
     p = Codebook(p.codes, p.codebooks, p.scales.masked_fill(torch.arange(12) == 3, 0))

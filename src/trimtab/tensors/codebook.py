@@ -116,7 +116,7 @@ class Codebook(Part):
             matrix = metric.column if metric.matrix is None else metric.matrix
             found = best_codes_of_rows(points, self.codes, tables, matrix.float(), beam=beam, subset=subset)
         else:
-            vectors = points.view(*self.code_shape, self.group_size)
+            vectors = points.reshape(*self.code_shape, self.group_size)
             chosen = torch.ones(self.code_shape, dtype=torch.bool, device=points.device) if subset is None else subset
             found = self.codes.long()
             found[chosen] = best_codes(vectors[chosen], found[chosen], tables, beam=beam, differ=differ)

@@ -38,7 +38,7 @@ def initial_codebook(
         raise NumericsError(f"{name}: a row of norm {float(norms.max()):.3g} has no float16 scale.")
     scales = norms.half()
     divided = weight / torch.where(scales == 0, 1.0, scales.float())[:, None]
-    left = divided.view(1, -1, width)
+    left = divided.reshape(1, -1, width)
     column = torch.ones(in_features, device=weight.device) if diagonal is None else diagonal.to(weight.device)
     column = column + DAMPING * column.mean()
     if not bool((column > 0).any()):  # inputs that are never active

@@ -130,4 +130,4 @@ def choose_codes(part: Part, target: Tensor, rules: CodeRules) -> tuple[Part, in
 
 def _by_group(difference: Tensor, shape: tuple[int, int]) -> Tensor:
     """Squared length of each code group, in the shape of the codes."""
-    return difference.square().view(*shape, -1).sum(-1)
+    return difference.square().reshape(*shape, -1).sum(-1)
