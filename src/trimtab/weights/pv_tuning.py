@@ -28,9 +28,9 @@ never rises.
 Departures from the authors' code:
   - Both steps are relative to the norm of what they move (LAMB without its clipping), so that one pair of rates serves
     scales, zero points and codebooks of any size.
-  - Rates fall linearly to zero, and they and rho begin higher (theirs: 3e-4, 3e-3 and 0.01): our runs are hundreds of
-    batches of 2,048 tokens, theirs of a million each. In small matrices rho = 0.01 lets one code change per step. The
-    defaults were chosen on the held-out calibration text of `ref-mini`, for grids at 2 bits.
+  - Rates fall linearly to zero, and they, tau and rho are higher (theirs: 3e-4, 3e-3, 0.01 and 0.01): our runs are
+    hundreds of batches of 2,048 tokens, theirs of a million each. In small matrices rho = 0.01 lets one code change per
+    step. The defaults were chosen on the held-out calibration text of `ref-mini` at 2 bits, in runs of 50 steps.
   - The subspace is the top groups only, not sampled; embeddings and head are not trained, norms if `norms` asks.
   - Any LinearMethod is a base, so grids and NormalFloat levels are tuned as codebooks are.
 
@@ -94,8 +94,8 @@ class PvTuning(LinearMethod):
     batch_tokens: int = 2048
     lr: float = 1e-2
     code_lr: float = 0.05
-    max_code_change: float = 0.01
-    trust_ratio: float = 0.1
+    max_code_change: float = 0.05
+    trust_ratio: float = 0.3
     norms: bool = False
     held_out: float = 0.125
     check_every: int = 10
