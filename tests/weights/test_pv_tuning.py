@@ -238,7 +238,7 @@ def text(model_words: int = 131, sequences: int = 16) -> CalibrationSet:
 
 def tuned(**options: Any) -> Any:
     settings = {"bits": 2, "base": "rtn", "base_options": ("group_size=16",), "steps": 12, "check_every": 2, **options}
-    settings = {"batch_tokens": 96, "code_lr": 0.1, "max_code_change": 0.01, "trust_ratio": 0.1, **settings}
+    settings = {"batch_tokens": 96, "lr": 3e-3, "code_lr": 0.1, "max_code_change": 0.01, "trust_ratio": 0.1, **settings}
     model = random_model("llama")
     return tt.compress(model, PvTuning(**settings), calibration=text(), progress=False)
 

@@ -90,6 +90,19 @@ class CodebookProblem(ctypes.Structure):
     )
 
 
+class TermProblem(ctypes.Structure):
+    """tt_term_problem of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
 def _places() -> list[Path]:
     """Beside this file; an editable installation leaves it in site-packages instead."""
     roots = [sysconfig.get_paths()["platlib"], *site.getsitepackages()]
@@ -103,6 +116,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_has_isa": (i32, (i32,)),
         "tt_grid_matmul": (i32, (pointer, i64, pointer, pointer, i64, i32, i32, i32)),
         "tt_grid_dequantize": (i32, (pointer, i64, i64, pointer, i32, i32, i32)),
+        "tt_low_rank_add": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_sparse_add": (i32, (pointer, pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_codebook_matmul": (i32, (*[pointer] * 6, i64, i32)),
         "tt_codebook_dequantize": (i32, (*[pointer] * 5, i64, i32)),

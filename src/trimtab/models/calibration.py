@@ -74,8 +74,8 @@ class BlockStream:
     ) -> dict[str, Stats]:
         """Statistics of sites of `block`, the next block of the stream; with `advance` moves to the one after it.
 
-        `needs` is site -> statistics; positions before `first` do not count in them. Without `advance` the block runs as
-        far as the last of these sites. Raises NumericsError naming the module whose input is NaN or infinite.
+        `needs` is site -> statistics; positions before `first` do not count in them. Without `advance` the block runs
+        as far as the last of these sites. Raises NumericsError naming the module whose input is NaN or infinite.
         """
         wanted = {site: frozenset(n) for site, n in needs.items() if n}
         members = {site: linears[0] for site, linears in block.sites.items() if site in wanted}

@@ -110,7 +110,7 @@ class CompressedLinear(nn.Module):
             first = prepared.product.run(x)[0]
         if len(self._spec["parts"]) > 1:
             for part in self.tensor.parts[1:]:
-                first = first + part.matmul(x)
+                first = part.add_to(first, x)
         return first
 
     def __getstate__(self) -> dict[str, Any]:

@@ -189,8 +189,8 @@ def _backward(model: PreTrainedModel, tokens: Tensor) -> int:
         loss = functional.cross_entropy(logits, tokens[0, 1:])
         if not bool(torch.isfinite(loss)):
             raise NumericsError(
-                f"the loss of {type(model).__name__} on the calibration text is {float(loss.detach())}. Check its weights, "
-                "or load it in a wider dtype (float32)."
+                f"the loss of {type(model).__name__} on the calibration text is {float(loss.detach())}. Check its "
+                "weights, or load it in a wider dtype (float32)."
             )
         torch.autograd.backward(loss)
     return 1

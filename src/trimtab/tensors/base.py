@@ -51,6 +51,10 @@ class Part(ABC):
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in] -> x @ W^T [..., out], in the dtype of x; uses the fastest kernel that accepts the input."""
 
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """out + `matmul(x)`; `out` [..., out], in the dtype of x, may be overwritten: use what is returned."""
+        return out + self.matmul(x)
+
     def grid_weight(self) -> GridWeight | None:
         """This part as the grid kernels take it, without copying; None if they cannot. Where it is given, `matmul` is
         their product."""

@@ -69,7 +69,8 @@ class CompressedTensor:
             if (product := self._whole_numbers(x, self.transform)) is not None:
                 return product
             x = self.transform.apply(x)
-        return reduce(torch.add, (part.matmul(x) for part in self.parts))
+        first, *others = self.parts
+        return reduce(lambda total, part: part.add_to(total, x), others, first.matmul(x))
 
     def _whole_numbers(self, x: Tensor, transform: Transform) -> Tensor | None:
         """The same product with whole numbers, if rounded inputs meet one grid that has nothing but a scale per row."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels import library
-from trimtab.kernels.half_linear import half_linear, native
+from trimtab.kernels.terms import FEW_ROWS, low_rank_add
 from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
 from trimtab.tensors.metric import Metric
 
@@ -58,10 +57,14 @@ class LowRank(Part):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Two thin products, in the dtype of x or that of the factors, whichever is wider."""
-        if x.dtype == self.left.dtype:
-            return _product(_product(x, self.right), self.left)
         wide = torch.promote_types(x.dtype, self.left.dtype)
         return ((x.to(wide) @ self.right.to(wide).t()) @ self.left.to(wide).t()).to(x.dtype)
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """While decoding, one call that reads both factors once and rounds once."""
+        if x.shape.numel() <= FEW_ROWS * x.shape[-1]:
+            return low_rank_add(out, x, self.left, self.right)
+        return out + self.matmul(x)
 
     @property
     def code_shape(self) -> None:
@@ -113,13 +116,6 @@ class LowRank(Part):
                 raise CheckpointError(
                     f"low_rank part of shape {list(self.shape)}: factor '{name}' has NaN or infinity."
                 )
-
-
-def _product(x: Tensor, factor: Tensor) -> Tensor:
-    """x @ factor^T; while decoding in 16 bits, through the kernel that reads memory fast."""
-    if library.absent() is None and native.refuses(x, factor) is None:
-        return half_linear(x, factor)
-    return torch.nn.functional.linear(x, factor)
 
 
 def svd(error: Tensor, rank: int, metric: Metric | None = None, *, dtype: torch.dtype = torch.float32) -> LowRank:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
+from trimtab.kernels.terms import FEW_ROWS, sparse_add
 from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
 from trimtab.tensors.metric import Metric
 
@@ -100,6 +101,11 @@ class SparseOutliers(Part):
         products = flat[:, self.columns.long()].to(wide) * self.values.to(wide)
         out = products.new_zeros(flat.shape[0], self.shape[0]).index_add_(1, self.rows(), products)
         return out.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        if x.shape.numel() <= FEW_ROWS * x.shape[-1]:
+            return sparse_add(out, x, self.values, self.columns, self.offsets)
+        return out + self.matmul(x)
 
     @property
     def code_shape(self) -> None:

@@ -30,6 +30,14 @@ struct tt_linear_problem {
   int32_t isa;
 };
 
+struct tt_term_problem {
+  int64_t out_features, in_features;
+  int64_t size;     // rank, or number of entries
+  int32_t dtype;    // of factors (1, 2) or values (0 to 2), as in tt_grid_weight
+  int32_t x_dtype;  // of x and out
+  int32_t isa;
+};
+
 struct tt_int_problem {
   int64_t out_features, in_features;  // of the weight
   int64_t width;                      // of x: in_features, unless inputs are gathered
@@ -65,6 +73,15 @@ TT_EXPORT int32_t tt_grid_dequantize(const tt_grid_weight* weight, int64_t first
 // x [rows][in], weight [out][in], bias [out] or null, out [rows][out]; all contiguous, 1 to 8 rows. Returns as above.
 TT_EXPORT int32_t tt_half_linear(const tt_linear_problem* problem, const void* x, const void* weight, const void* bias,
                                  void* out, int64_t rows, int32_t threads);
+
+// out [rows][out] += (x [rows][in] right^T [in][rank]) left^T [rank][out]; all contiguous, 1 to 8 rows. Returns as above.
+TT_EXPORT int32_t tt_low_rank_add(const tt_term_problem* problem, const void* x, const void* right, const void* left,
+                                  void* out, int64_t rows, int32_t threads);
+
+// out [rows][out] += x [rows][in] S^T, S in compressed sparse rows: offsets [out + 1] into values and columns.
+TT_EXPORT int32_t tt_sparse_add(const tt_term_problem* problem, const void* x, const void* values,
+                                const int32_t* columns, const int32_t* offsets, void* out, int64_t rows,
+                                int32_t threads);
 
 // x [batch][width], packed [out][row bytes], scales [out], index [in] or null, row_sums [out] or null, out [batch][out];
 // all contiguous. x_scale 0: each row's own. Returns as above, TT_BAD_INDEX for an entry that is not below `width`.

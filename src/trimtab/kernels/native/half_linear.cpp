@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kSerialWeights = 1 << 15;  // below this, starting threads costs more than they save
 constexpr int32_t kBfloat16 = 2;             // of tt_linear_problem
 
+}  // namespace
+
 const HalfKernels* half_kernels_for(int32_t isa, bool bfloat16) {
   using Table = const HalfKernels* (*)(bool);
   static constexpr Table tables[] = {half_scalar, half_avx2, half_avx512, half_avx512_bf16};
@@ -21,7 +23,6 @@ const HalfKernels* half_kernels_for(int32_t isa, bool bfloat16) {
   return nullptr;
 }
 
-}  // namespace
 }  // namespace trimtab
 
 extern "C" int32_t tt_half_linear(const tt_linear_problem* problem, const void* x, const void* weight, const void* bias,

@@ -28,6 +28,9 @@ struct HalfKernels {
   HalfTileKernel single[kHalfRows];  // the same for one weight row
 };
 
+// Of the best instruction set up to `isa` that the machine has, or null.
+const HalfKernels* half_kernels_for(int32_t isa, bool bfloat16);
+
 // Null where the compiler could not. The caller has checked that the machine can.
 const HalfKernels* half_scalar(bool bfloat16);
 const HalfKernels* half_avx2(bool bfloat16);
