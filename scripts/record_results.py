@@ -33,19 +33,23 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 DOES_NOT_HOLD = 3
 METHODS, BITS = "rtn,gptq", "2,3,4,8"
 _W4A4 = {"bits": 4, "activation_bits": 4}
-SURVEYED: dict[str, list[dict[str, Any]]] = {
-    **{name: [{"bits": bits} for bits in (2, 3, 4)] for name in ("rtn", "gptq", "awq", "nf", "hqq", "loftq")},
-    "mergequant": [_W4A4],
-}
-SURVEYED["rtn"] = [*SURVEYED["rtn"], {**_W4A4, "group_size": -1}]
-SURVEYED_ONCE: dict[str, list[dict[str, Any]]] = {
-    "vq": [{"bits": 2}, {"bits": 3}],
-    "lq_lora": [{"bits": 2}, {"bits": 3}],
-    "qbb": [{"bits": 2}, {"bits": 3}, {"bits": 4}],
-    "pv_tuning": [{"bits": 2}, {"bits": 3}],
-    "qllm": [{**_W4A4, "epochs": 3}],
-}
-"""Methods that take a minute or more have one seed."""
+_EACH = [{"bits": bits} for bits in (2, 3, 4)]
+SURVEYED: tuple[tuple[dict[str, list[dict[str, Any]]], Sequence[tuple[str, int]]], ...] = (
+    (
+        {"rtn": _EACH, "gptq": _EACH, "nf": _EACH, "hqq": _EACH, "loftq": _EACH},
+        (("plain", 0), ("plain", 1), ("plain", 2), ("outliers", 0)),
+    ),
+    (
+        {"awq": _EACH, "vq": _EACH[:1], "lq_lora": [{"budget_bits": 2.5}, {"budget_bits": 3.5}], "qbb": _EACH}
+        | {"pv_tuning": _EACH[:2]},
+        (("plain", 0),),
+    ),
+    (
+        {"rtn": [{**_W4A4, "group_size": -1}], "mergequant": [_W4A4], "qllm": [{**_W4A4, "epochs": 3}]},
+        (("plain", 0), ("outliers", 0)),
+    ),
+)
+"""Methods with their options, and how often: those that take a minute or more run once."""
 
 
 def trimtab(*arguments: str, accept: Sequence[int] = (0,)) -> tuple[Any, int]:
@@ -75,9 +79,9 @@ def weights(second_text: str | None = None) -> tuple[dict[str, Any], int]:
 
     text = None if second_text is None else Path(second_text)
     document: dict[str, Any] = {"second_text": None if text is None else text.name}
-    for surveyed, seeds in ((SURVEYED, (0, 1, 2)), (SURVEYED_ONCE, (0,))):
+    for surveyed, runs in SURVEYED:
         settings = [(name, options) for name, own in surveyed.items() for options in own]
-        found = survey(settings, second_text=text, seeds=seeds, tell=tell)
+        found = survey(settings, runs=runs, second_text=text, tell=tell)
         document = {**found, **document, "entries": [*document.get("entries", []), *found["entries"]]}
     return document, 0
 
@@ -115,6 +119,11 @@ def weights_peers() -> tuple[dict[str, Any], int]:
     return {"entries": entries}, 0
 
 
+DECODING = ",".join(
+    [f"trimtab/{name}" for name in ("grid-4", "grid-2", "grid-4-128", "nf-4", "grid-4+rank-16", "grid-4+outliers-0.5")]
+    + ["torch/bf16", "quanto/int4", "bitsandbytes/nf4", "torchao/int4", "hqq/4"]
+    + [f"llama.cpp/{name}" for name in ("f16", "q8_0", "q4_0", "q2_k")]
+)
 LONG_SYSTEMS = "trimtab/kivi-4,trimtab/kivi-2,transformers/dynamic-bf16,llama.cpp/q8_0"
 
 
@@ -127,12 +136,20 @@ def kv_decode() -> tuple[dict[str, Any], int]:
 
 
 def decode() -> tuple[dict[str, Any], int]:
-    """Compressed weights with a short context; then with trimtab's 4-bit cache at 8,192 tokens."""
-    ranks = ",".join(f"trimtab/grid-4+rank-{rank}" for rank in (16, 64))
+    """Compressed weights with a short context; then 4 bits with trimtab's 4-bit cache at 8,192 tokens."""
     return benchmarks(
-        ("decode",),
-        ("decode", "--systems", f"trimtab/grid-4,trimtab/grid-4-128,trimtab/nf-4,{ranks}"),
-        ("decode", "--cache", "kivi-4", "--context", "8192", "--steps", "32"),
+        ("decode", "--systems", DECODING),
+        (
+            "decode",
+            "--cache",
+            "kivi-4",
+            "--context",
+            "8192",
+            "--steps",
+            "16",
+            "--systems",
+            "trimtab/grid-4,llama.cpp/q4_0",
+        ),
     )
 
 

@@ -215,6 +215,32 @@ def kv_decode_table(document: Document, _: str | None) -> str:
     return f"{markdown(list(columns), rows)}\n\n{source_line(document, note)}" if rows else ""
 
 
+def decode_table(document: Document, _: str | None) -> str:
+    """Decoding with compressed weights: each system that ran, fastest first at each context."""
+    entries = [e for e in document["entries"] if e.get("decode_ms_median") is not None]
+    plain = {e["context"]: e["decode_ms_median"] for e in entries if e["system"].startswith("torch/")}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "context": lambda e: f"{e['context']:,}",
+        "system": lambda e: str(e["system"]),
+        "ms per token": lambda e: text.number(e["decode_ms_median"]),
+        "times torch's speed": lambda e: (
+            text.number(plain[e["context"]] / e["decode_ms_median"]) if e["context"] in plain else text.NOTHING
+        ),
+        "prefill of 512, s": lambda e: text.number(e.get("prefill_s_median")),
+        "weights": lambda e: text.NOTHING if e.get("weight_bytes") is None else text.size(e["weight_bytes"]),
+        "share of the memory bandwidth": lambda e: (
+            text.NOTHING if e.get("bandwidth_share") is None else f"{e['bandwidth_share']:.0%}"
+        ),
+    }
+    ordered = sorted(entries, key=lambda e: (e["context"], e["decode_ms_median"]))
+    rows = [[cell(entry) for cell in columns.values()] for entry in ordered]
+    note = (
+        "Medians, two threads; a random Llama of 369 M weights: 8 layers, hidden 2,048, 32 query and 4 KV heads of 64, "
+        "MLP 5,632, batch 1."
+    )
+    return f"{markdown(list(columns), rows)}\n\n{source_line(document, note)}" if rows else ""
+
+
 def _kl(figures: Mapping[str, Any]) -> str:
     return text.interval(Interval.of(figures["divergence"]["kl_nats_per_token"]))
 
@@ -244,6 +270,7 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "evaluate": evaluate_table,
     "grid-matmul": grid_matmul_table,
     "kv-decode": kv_decode_table,
+    "decode": decode_table,
 }
 
 

@@ -4,7 +4,7 @@ plain       the model as it is
 outliers    function-preserving outlier channels injected into the activations, as large models have them
 
 The model runs in float32. A seed draws the calibration text, the outlier channels and whatever a method draws; the
-windows that are measured stay the same. Tasks are asked once, of the plain model with the first seed. Bytes are those
+windows that are measured stay the same. Tasks are asked once, after the first run. Bytes are those
 of the model with its dense parts in bfloat16, as it ships.
 """
 
@@ -29,8 +29,8 @@ from trimtab.evaluation.outliers import inject_outliers
 from trimtab.models import info_of, ledger_of, load, tokenizer_of
 from trimtab.models.calibration_set import CalibrationSet
 
-CONDITIONS = ("plain", "outliers")
-SEEDS = (0, 1, 2)
+Runs = Sequence[tuple[str, int]]
+"""(condition, seed) of each time that a method is run."""
 SEQUENCES, LENGTH = 32, 256
 WINDOWS = 16
 TASKS = ("prose", "recall", "facts", "format", "arithmetic")
@@ -41,22 +41,22 @@ def survey(
     settings: Sequence[tuple[str, Mapping[str, Any]]],
     model: str = "ref",
     *,
+    runs: Runs = (("plain", 0), ("outliers", 0)),
     second_text: Path | None = None,
-    seeds: Sequence[int] = SEEDS,
-    conditions: Sequence[str] = CONDITIONS,
     processes: int = 2,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """`{"entries": [{label, method, options, runs: [{condition, seed, ...figures}]}]}`, all JSON values.
 
     settings       (method of the weights room, its options)
+    runs           of every method; the tasks are asked after the first of them
     second_text    beside the held-out prose; never used to calibrate
     processes      methods measured at a time, each with one thread
     """
     calibration = {"sequences": SEQUENCES, "length": LENGTH}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         baseline = pool.submit(_uncompressed_tasks, model)
-        futures = [pool.submit(_entry, model, n, dict(o), second_text, seeds, conditions) for n, o in settings]
+        futures = [pool.submit(_entry, model, n, dict(o), second_text, runs) for n, o in settings]
         entries = []
         for future in futures:
             entries.append(future.result())
@@ -79,17 +79,15 @@ def _entry(
     name: str,
     options: dict[str, Any],
     second_text: Path | None,
-    seeds: Sequence[int],
-    conditions: Sequence[str],
+    asked: Runs,
 ) -> dict[str, Any]:
     recipe = Recipe.from_dict({"steps": [{"method": name, **options}]}, source=name)
     runs = []
     tasks: dict[str, Any] = {}
-    for condition in conditions:
-        for seed in seeds:
-            run, subject = _run(model, recipe, second_text, condition, seed)
-            runs.append(run)
-            tasks = tasks or _tasks(subject)
+    for condition, seed in asked:
+        run, subject = _run(model, recipe, second_text, condition, seed)
+        runs.append(run)
+        tasks = tasks or _tasks(subject)
     shown = [f"{key}={value}" for key, value in options.items() if key != "bits"]
     bits = recipe.steps[0].options.get("bits")
     label = " ".join([name, *([] if bits is None else [f"{bits}-bit"]), ", ".join(shown)]).strip()
