@@ -148,7 +148,7 @@ def decode() -> tuple[dict[str, Any], int]:
             "--steps",
             "16",
             "--systems",
-            "trimtab/grid-4,llama.cpp/q4_0",
+            "trimtab/grid-4,llama.cpp",
         ),
     )
 
