@@ -248,7 +248,7 @@ def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
     shapes = [bench.Shape(64, 128, 1, traffic_bytes=1 << 16), bench.Shape(64, 128, 4, traffic_bytes=1 << 16)]
     monkeypatch.setattr("trimtab.kernels.bandwidth._BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "BENCHMARKS", {"grid-matmul": lambda: bench.grid_matmul_bench(shapes, bits=[4])})
+    monkeypatch.setattr(bench, "BENCHMARKS", {"grid-matmul": lambda: bench.grid_matmul_bench(shapes, bench.PLAIN[:1])})
     told = cli("bench", "grid-matmul", "--json").json
     assert len(told) == 4
     assert all({"bench", "system", "setting", "decode_ms_median"} <= set(entry) for entry in told)
