@@ -34,20 +34,24 @@ DOES_NOT_HOLD = 3
 METHODS, BITS = "rtn,gptq", "2,3,4,8"
 _W4A4 = {"bits": 4, "activation_bits": 4}
 _EACH = [{"bits": bits} for bits in (2, 3, 4)]
-SURVEYED: tuple[tuple[dict[str, list[dict[str, Any]]], Sequence[tuple[str, int]]], ...] = (
-    (
-        {"rtn": _EACH, "gptq": _EACH, "nf": _EACH, "hqq": _EACH, "loftq": _EACH},
-        (("plain", 0), ("plain", 1), ("plain", 2), ("outliers", 0)),
-    ),
-    (
-        {"awq": _EACH, "vq": _EACH[:1], "lq_lora": [{"budget_bits": 2.5}, {"budget_bits": 3.5}], "qbb": _EACH}
-        | {"pv_tuning": _EACH[:2]},
-        (("plain", 0),),
-    ),
-    (
-        {"rtn": [{**_W4A4, "group_size": -1}], "mergequant": [_W4A4], "qllm": [{**_W4A4, "epochs": 3}]},
-        (("plain", 0), ("outliers", 0)),
-    ),
+_Settings = dict[str, list[dict[str, Any]]]
+_SEVERAL_SEEDS: _Settings = {name: _EACH for name in ("rtn", "gptq", "nf", "hqq", "loftq")}
+_ONE_SEED: _Settings = {
+    "awq": _EACH,
+    "vq": _EACH[:1],
+    "lq_lora": [{"budget_bits": 2.5}, {"budget_bits": 3.5}],
+    "qbb": _EACH,
+    "pv_tuning": _EACH[:2],
+}
+_ROUNDED_INPUTS: _Settings = {
+    "rtn": [{**_W4A4, "group_size": -1}],
+    "mergequant": [_W4A4],
+    "qllm": [{**_W4A4, "epochs": 3}],
+}
+SURVEYED: Sequence[tuple[_Settings, Sequence[tuple[str, int]]]] = (
+    (_SEVERAL_SEEDS, (("plain", 0), ("plain", 1), ("plain", 2), ("outliers", 0))),
+    (_ONE_SEED, (("plain", 0),)),
+    (_ROUNDED_INPUTS, (("plain", 0), ("outliers", 0))),
 )
 """Methods with their options, and how often: those that take a minute or more run once."""
 
