@@ -35,7 +35,7 @@ METHODS, BITS = "rtn,gptq", "2,3,4,8"
 _W4A4 = {"bits": 4, "activation_bits": 4}
 _EACH = [{"bits": bits} for bits in (2, 3, 4)]
 _Settings = dict[str, list[dict[str, Any]]]
-_SEVERAL_SEEDS: _Settings = {name: _EACH for name in ("rtn", "gptq", "nf", "hqq", "loftq")}
+_SEVERAL_SEEDS: _Settings = dict.fromkeys(("rtn", "gptq", "nf", "hqq", "loftq"), _EACH)
 _ONE_SEED: _Settings = {
     "awq": _EACH,
     "vq": _EACH[:1],

@@ -32,9 +32,9 @@ from trimtab.models.calibration_set import CalibrationSet
 Runs = Sequence[tuple[str, int]]
 """(condition, seed) of each time that a method is run."""
 SEQUENCES, LENGTH = 32, 256
-WINDOWS = 16
-TASKS = ("prose", "recall", "facts", "format", "arithmetic")
-DOCUMENTS = 100
+WINDOWS = 12
+TASKS = ("prose", "recall", "arithmetic")
+DOCUMENTS = 50
 
 
 def survey(
