@@ -88,7 +88,7 @@ class Candidate:
         return self.bits + 32 / group + factors
 
     def codec(self, tables: Mapping[str, Tensor], heads: Sequence[int], head_dim: int) -> KVCodec:
-        """For these heads of a layer. `tables`: what was learnt for this layer and kind, by `learnt_name`."""
+        """For these heads of a layer. `tables`: what was learnt for this layer and kind, as `CANDIDATE.NAME`."""
         chosen = list(heads)
         if self.way == "table":
             learnt = {n: tables[f"{self.name}.{n}"] for n in ("scale", "minimum", "lower", "upper", "levels")}

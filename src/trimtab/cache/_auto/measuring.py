@@ -4,8 +4,8 @@ For a head with output o (exact) and o^ (keys, or values, as the candidate store
 
     error = sum over queries and channels of (g (o^ - o))^2,      g = dLoss / do
 
-on calibration text: second order in the loss, with the squared gradient for the curvature. Tokens are stored all,
-those that a cache keeps exactly too, because it is the ranking that counts.
+on calibration text: second order in the loss, with the squared gradient for the curvature. Each query sees its latest
+tokens exactly, as many as a cache would keep so: the window and half of a block that waits.
 """
 
 from __future__ import annotations
