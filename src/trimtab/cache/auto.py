@@ -92,8 +92,8 @@ class Auto(CacheMethod):
         tokens = calibration.tokens[:MEASURED_ROWS, :MEASURED_LENGTH]
         if tokens.shape[1] < 2 * (max(WINDOWS) + BLOCK_TOKENS // 2):
             raise DataError(
-                f"auto: calibration texts have {tokens.shape[1]} tokens, of which windows and waiting blocks would keep "
-                f"most exactly; give texts of at least {2 * (max(WINDOWS) + BLOCK_TOKENS // 2)} tokens."
+                f"auto: calibration texts have {tokens.shape[1]} tokens, of which windows and waiting blocks would "
+                f"keep most exactly; give texts of at least {2 * (max(WINDOWS) + BLOCK_TOKENS // 2)} tokens."
             )
         samples = layer_samples(model, tokens)
         ropes = [RopeSource(model, block.index) for block in blocks]
