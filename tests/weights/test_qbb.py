@@ -171,6 +171,7 @@ def test_starting_from_gptq_needs_text_and_begins_there(calibration: Calibration
 
 
 SMALL = {"bits": 3, "sequences": 48, "length": 16, "learning_rate": 5e-3}
+BLOCKS = ["model.layers.0", "model.layers.1"]
 
 
 def test_training_scales_lowers_the_loss_and_leaves_the_signs() -> None:
@@ -181,7 +182,7 @@ def test_training_scales_lowers_the_loss_and_leaves_the_signs() -> None:
     assert told["held_out_loss"] < told["held_out_loss_before"]
     other = write_sequences(random_model("llama"), 16, 16, torch.Generator().manual_seed(99))
     losses = [
-        held_out_loss(Tuning(model, random_model("llama"), None, 0, after.trimtab.record, False), other)
+        held_out_loss(Tuning(model, random_model("llama"), None, 0, after.trimtab.record, False), BLOCKS, other)
         for model in (before, after)
     ]
     assert losses[1] < losses[0]
@@ -225,10 +226,8 @@ def test_a_hybrid_of_original_blocks_has_no_loss() -> None:
     student = tt.compress(random_model("llama"), Qbb(**SMALL, holistic=False), progress=False)
     tuning = Tuning(student, teacher, None, 0, student.trimtab.record, False)
     batch = write_sequences(teacher, 4, 16, torch.Generator().manual_seed(0))
-    blocks = [
-        module for name, module in student.named_modules() if name.startswith("model.layers.") and name.count(".") == 2
-    ]
+    modules = [student.get_submodule(name) for name in BLOCKS]
     with torch.no_grad():
-        assert float(_hybrid_loss(tuning, batch, 0.0, torch.Generator().manual_seed(0))) < 1e-10
-        assert float(_hybrid_loss(tuning, batch, 1.0, torch.Generator().manual_seed(0))) > 1e-3
-    assert list(student.model.layers) == blocks
+        assert float(_hybrid_loss(tuning, BLOCKS, batch, 0.0, torch.Generator().manual_seed(0))) < 1e-10
+        assert float(_hybrid_loss(tuning, BLOCKS, batch, 1.0, torch.Generator().manual_seed(0))) > 1e-3
+    assert list(student.model.layers) == modules

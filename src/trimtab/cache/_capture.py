@@ -13,6 +13,7 @@ from trimtab.core.progress import progress
 from trimtab.kernels.kv_attention import Rope
 from trimtab.models.attention_capture import observed_attention
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.frozen import frozen
 from trimtab.models.segments import RopeSource
 from trimtab.models.segments.rope import rotated, unrotated
 from trimtab.models.views import ModelView
@@ -65,20 +66,13 @@ def _captured(
 ) -> list[Captured]:
     found: dict[str, dict[int, list[Tensor]]] = {name: {i: [] for i in wanted} for name in _PARTS}
     grouped = torch.split(torch.arange(calibration.tokens.shape[0]), max(1, _BATCH_TOKENS // calibration.length))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with progress("reading calibration text", len(grouped)) as advance:
-            for rows in grouped:
-                tokens, mask = calibration.tokens[rows], calibration.mask[rows]
-                keep = mask.clone()
-                keep[:, :skip_first] = False
-                _read(model, tokens.to(model.device), mask.to(model.device), keep, ropes, wanted, fisher, found)
-                advance("")
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with frozen(model), progress("reading calibration text", len(grouped)) as advance:
+        for rows in grouped:
+            tokens, mask = calibration.tokens[rows], calibration.mask[rows]
+            keep = mask.clone()
+            keep[:, :skip_first] = False
+            _read(model, tokens.to(model.device), mask.to(model.device), keep, ropes, wanted, fisher, found)
+            advance("")
     return [
         Captured(
             layer,

@@ -11,11 +11,14 @@ SHOW_AFTER_SECONDS = 2.0
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[str], None]]:
+def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
     """A bar that appears once two seconds have passed. Yields `advance(detail)`: one of `total` steps is done.
 
-    On a terminal it is a live bar with the time left; elsewhere one line each ten seconds.
+    On a terminal it is a live bar with the time left; elsewhere one line each ten seconds. Not `shown`: nothing.
     """
+    if not shown:
+        yield lambda detail: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from trimtab.core.errors import DataError, NumericsError
 from trimtab.core.progress import progress as progress_bar
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.frozen import frozen
 from trimtab.models.views import LinearView, ModelView
 
 __all__ = ["Fisher", "fisher_information"]
@@ -70,7 +71,7 @@ def fisher_information(
         )
     sums = {linear.name: _Sums(linear, full) for linear in linears}
     examples = 0
-    bar = progress_bar("Fisher information", len(calibration.tokens)) if progress else _no_bar()
+    bar = progress_bar("Fisher information", len(calibration.tokens), shown=progress)
     with _differentiable(model, linears, sums), bar as advance:
         for tokens, mask in zip(calibration.tokens, calibration.mask, strict=True):
             examples += _backward(model, tokens[mask][None])
@@ -140,7 +141,6 @@ class _Watched(torch.autograd.Function):
 def _differentiable(model: PreTrainedModel, linears: Sequence[LinearView], sums: dict[str, _Sums]) -> Iterator[None]:
     """Within: a backward pass through the model fills `sums`, runs blocks again and computes no other gradient."""
     view = ModelView.of(model)
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     changed: list[nn.Module] = []
     training = model.training
 
@@ -150,20 +150,18 @@ def _differentiable(model: PreTrainedModel, linears: Sequence[LinearView], sums:
     handle = view.embedding.register_forward_hook(start)
     try:
         model.train(False)
-        model.requires_grad_(False)
         for linear in linears:
             linear.module.__dict__["forward"] = _watched(linear, sums[linear.name])
             changed.append(linear.module)
         for block in view.blocks:
             block.module.__dict__["forward"] = _run_twice(block.module.forward)
             changed.append(block.module)
-        yield
+        with frozen(model):
+            yield
     finally:
         handle.remove()
         for module in changed:
             module.__dict__.pop("forward", None)
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
         model.train(training)
 
 
@@ -194,8 +192,3 @@ def _backward(model: PreTrainedModel, tokens: Tensor) -> int:
             )
         torch.autograd.backward(loss)
     return 1
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[Callable[[str], None]]:
-    yield lambda detail: None

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.core import progress as bars
@@ -45,22 +45,22 @@ def distil(method: Qbb, tuning: Tuning) -> Notes:
     held_out = write_sequences(tuning.teacher, _HELD_OUT, method.length, generator)
     kept = _most_different(tuning, written, max(1, round(method.keep_fraction * len(written))))
     batches = [batch for _ in range(method.epochs) for batch in _batches(kept, generator)]
+    blocks = [block.name for block in ModelView.of(tuning.teacher).blocks]
     training = tuning.model.training
     tuning.model.train(False)
     try:
         with Student(tuning.model) as student:
-            best, before = student.snapshot(), held_out_loss(tuning, held_out)
+            best, before = student.snapshot(), held_out_loss(tuning, blocks, held_out)
             lowest = before
             optimizer = torch.optim.Adam(_groups(student, method.learning_rate))
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _cosine(s / len(batches)))
-            bar = bars.progress("training the scales", len(batches)) if tuning.progress else contextlib.nullcontext()
-            with bar as advance:
+            with bars.progress("training the scales", len(batches), shown=tuning.progress) as advance:
                 for step, batch in enumerate(batches):
                     student.zero_gradients()
-                    loss = _hybrid_loss(tuning, batch, min(1.0, 0.5 + step / len(batches)), generator)
+                    loss = _hybrid_loss(tuning, blocks, batch, min(1.0, 0.5 + step / len(batches)), generator)
                     if not bool(torch.isfinite(loss)):
                         raise NumericsError(
-                            f"training the scales diverged in step {step + 1} of {len(batches)} (loss {float(loss)}). "
+                            f"training the scales diverged in step {step + 1} of {len(batches)} (loss {loss.item()}). "
                             f"Lower learning_rate ({method.learning_rate}), or leave this stage out (holistic=false)."
                         )
                     if loss.requires_grad:  # all blocks may have been the original's
@@ -71,10 +71,9 @@ def distil(method: Qbb, tuning: Tuning) -> Notes:
                     optimizer.step()
                     schedule.step()
                     student.refresh()
-                    if advance is not None:
-                        advance(f"loss {float(loss):.4g}")
+                    advance(f"loss {loss.item():.4g}")
                     ends_epoch = (step + 1) % (len(batches) // method.epochs) == 0
-                    if ends_epoch and (now := held_out_loss(tuning, held_out)) < lowest:
+                    if ends_epoch and (now := held_out_loss(tuning, blocks, held_out)) < lowest:
                         best, lowest = student.snapshot(), now
         best.install(tuning.model)
     finally:
@@ -125,23 +124,24 @@ def _batches(sequences: Tensor, generator: torch.Generator) -> tuple[Tensor, ...
     return torch.split(sequences[torch.randperm(len(sequences), generator=generator)], _BATCH)
 
 
-def held_out_loss(tuning: Tuning, sequences: Tensor) -> float:
+def held_out_loss(tuning: Tuning, blocks: Sequence[str], sequences: Tensor) -> float:
     """Mean loss of the compressed model, without any of the original's blocks."""
     with torch.no_grad():
         batches = torch.split(sequences, _BATCH)
-        return sum(float(_loss(tuning, batch)) * len(batch) for batch in batches) / len(sequences)
+        return sum(float(_loss(tuning, blocks, batch)) * len(batch) for batch in batches) / len(sequences)
 
 
-def _hybrid_loss(tuning: Tuning, batch: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def _hybrid_loss(
+    tuning: Tuning, blocks: Sequence[str], batch: Tensor, share: float, generator: torch.Generator
+) -> Tensor:
     """The loss with each block of the student replaced by the original's with probability 1 - share."""
-    student = [block.name for block in ModelView.of(tuning.teacher).blocks]
-    chosen = torch.rand(len(student), generator=generator) >= share
-    with _original_blocks(tuning, [name for name, swap in zip(student, chosen.tolist(), strict=True) if swap]):
-        return _loss(tuning, batch)
+    chosen = torch.rand(len(blocks), generator=generator) >= share
+    with _original_blocks(tuning, [name for name, swap in zip(blocks, chosen.tolist(), strict=True) if swap]):
+        return _loss(tuning, blocks, batch)
 
 
-def _loss(tuning: Tuning, batch: Tensor) -> Tensor:
-    blocks = [block.name for block in ModelView.of(tuning.teacher).blocks]
+def _loss(tuning: Tuning, blocks: Sequence[str], batch: Tensor) -> Tensor:
+    """Normalised errors of the logits and, on average, of the output of each of `blocks`, by name."""
     with torch.no_grad():
         target, target_features = _forward(tuning.teacher, blocks, batch)
     logits, features = _forward(tuning.model, blocks, batch)
@@ -172,15 +172,8 @@ def _original_blocks(tuning: Tuning, names: Sequence[str]) -> Iterator[None]:
     own = {name: tuning.model.get_submodule(name) for name in names}
     try:
         for name in names:
-            _place(tuning.model, name, tuning.teacher.get_submodule(name))
+            tuning.model.set_submodule(name, tuning.teacher.get_submodule(name))
         yield
     finally:
         for name, block in own.items():
-            _place(tuning.model, name, block)
-
-
-def _place(model: PreTrainedModel, name: str, block: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    blocks = model.get_submodule(parent)
-    assert isinstance(blocks, nn.ModuleList)
-    blocks[int(own)] = block
+            tuning.model.set_submodule(name, block)

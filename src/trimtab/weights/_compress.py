@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def _compress(
             prepared = built.prepare(planning)
             del linears, planning  # they keep the replaced layers alive
         teacher = _frozen_copy(model) if prepared.tunes else None
-        bar = bars.progress(f"compressing with {built.name()}", len(targets)) if progress else _no_bar()
+        bar = bars.progress(f"compressing with {built.name()}", len(targets), shown=progress)
         with bar as advance:
             BlockLoop(model, prepared, targets, chosen, mode, seed, state, record).run(advance)
         if teacher is not None:
@@ -237,8 +236,3 @@ def _unchanged(model: PreTrainedModel) -> Iterator[dict[str, str]]:
         elif isinstance(module, (nn.Linear, Conv1D)):
             inside = "no pattern in `targets` matches it"
             yield {"module": name, "reason": inside if name in blocks else "it is not a linear of a block"}
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[Callable[[str], None]]:
-    yield lambda detail: None

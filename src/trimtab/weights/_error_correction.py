@@ -22,6 +22,7 @@ from trimtab.core.errors import NumericsError
 from trimtab.models.calibration import BlockStream
 from trimtab.models.captured_call import CapturedCall
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.frozen import frozen
 from trimtab.models.views import BlockView, ModelView
 from trimtab.tensors.activations import ActivationGrid
 from trimtab.tensors.compressed import CompressedTensor
@@ -109,7 +110,7 @@ def correct_errors(method: Qllm, tuning: Tuning) -> Notes:
     training = tuning.model.training
     tuning.model.train(False)
     notes: Notes = {}
-    bar = bars.progress("correcting errors", steps) if tuning.progress else contextlib.nullcontext(lambda detail: None)
+    bar = bars.progress("correcting errors", steps, shown=tuning.progress)
     try:
         with bar as advance:
             for start in starts:
@@ -204,17 +205,14 @@ def _corrected(
     """Within, the compressed linears of `blocks` are CorrectedLinears, and only they and the norms have gradients."""
     original = {linear.name: linear for linear in ModelView.of(tuning.teacher).linears}
     found = {linear.name: linear for block in blocks for linear in block.linears if linear.compressed is not None}
-    wanted = {parameter: parameter.requires_grad for parameter in tuning.model.parameters()}
-    try:
-        tuning.model.requires_grad_(False)
-        layers = {}
-        for name, linear in found.items():
-            assert linear.compressed is not None
-            layers[name] = CorrectedLinear(linear.compressed, original[name].weight.float(), method, generator)
-            linear.replace(layers[name])
-        yield layers, _trained_norms(tuning.model, blocks)
-    finally:
-        for linear in found.values():
-            linear.replace(linear.module)
-        for parameter, gradient in wanted.items():
-            parameter.requires_grad_(gradient)
+    with frozen(tuning.model):
+        try:
+            layers = {}
+            for name, linear in found.items():
+                assert linear.compressed is not None
+                layers[name] = CorrectedLinear(linear.compressed, original[name].weight.float(), method, generator)
+                linear.replace(layers[name])
+            yield layers, _trained_norms(tuning.model, blocks)
+        finally:
+            for linear in found.values():
+                linear.replace(linear.module)

@@ -10,7 +10,6 @@ from the sum to the truth, by which the expectation is corrected.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +102,7 @@ def cost_table(planning: Planning, configurations: Callable[[LinearView], Mappin
     needs: dict[str, set[Need]] = {linear.site: {"gram"} for linear in planning.targets}
     matrices: list[Matrix] = []
     tensors: dict[str, dict[str, CompressedTensor]] = {}
-    bar = bars.progress("measuring candidates", len(targets)) if planning.progress else contextlib.nullcontext(_silent)
+    bar = bars.progress("measuring candidates", len(targets), shown=planning.progress)
     with bar as advance:
         for block, stats in zip(view.blocks, gather_dense(view, statistics, needs, seed=planning.seed), strict=True):
             linears = [linear for linear in block.linears if linear.name in targets]
@@ -117,10 +116,6 @@ def cost_table(planning: Planning, configurations: Callable[[LinearView], Mappin
     rehearsal.go_to(0)
     table = CostTable(tuple(matrices), ())
     return CostTable(table.matrices, tuple(_curve(table, tensors, rehearsal)))
-
-
-def _silent(detail: str) -> None:
-    """In place of a bar."""
 
 
 def _try(

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import NumericsError
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.frozen import frozen
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.transform import Transform
 
@@ -153,13 +154,10 @@ class Student:
         self._trained = {name: model.get_parameter(name) for name in parameters}
         self._original = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         self.masters = {name: value.float().clone().requires_grad_() for name, value in self._original.items()}
-        self._frozen: list[Tensor] = []
+        self._frozen = frozen(model)
 
     def __enter__(self) -> Student:
-        trained = {id(parameter) for parameter in self._trained.values()}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in trained:
-                self._frozen.append(parameter.requires_grad_(False))
+        self._frozen.__enter__()
         for parameter in self._trained.values():
             parameter.requires_grad_()
         for layer in self.layers:
@@ -172,8 +170,7 @@ class Student:
     ) -> None:
         for layer in self.layers:
             self.model.set_submodule(layer.name, layer.module)
-        for parameter in self._frozen:
-            parameter.requires_grad_()
+        self._frozen.__exit__(kind, error, trace)
         for name, parameter in self._trained.items():
             parameter.copy_(self._original[name])
             parameter.grad = None

@@ -42,7 +42,6 @@ where rounding to the best single layers leaves little to gain.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -184,7 +183,7 @@ class PvTuning(LinearMethod):
             trace = [loss.value(held)]
             kept = 0
             student.refresh()
-            bar = bars.progress("tuning", self.steps) if tuning.progress else contextlib.nullcontext(_silent)
+            bar = bars.progress("tuning", self.steps, shown=tuning.progress)
             with bar as advance:
                 for step in range(1, self.steps + 1):
                     rate = 1 - (step - 1) / self.steps
@@ -206,10 +205,6 @@ class PvTuning(LinearMethod):
             tuning.record.changed_dense.extend(norms)
         tuning.record.metrics["tuning_trace"] = trace
         return {"kl_before": trace[0], "kl_after": min(trace), "kept_step": kept, "code_changes": changes}
-
-
-def _silent(detail: str) -> None:
-    """The progress of a run that shows none."""
 
 
 def _norms(tuning: Tuning) -> tuple[str, ...]:

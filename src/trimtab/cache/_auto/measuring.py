@@ -22,6 +22,7 @@ from trimtab.cache._auto.candidates import Candidate, Kind
 from trimtab.core.progress import progress
 from trimtab.kernels.kv_attention.reference import decode
 from trimtab.models.attention_capture import observed_attention
+from trimtab.models.frozen import frozen
 from trimtab.models.segments import RopeSource
 from trimtab.models.segments.rope import unrotated
 from trimtab.models.views import ModelView
@@ -57,18 +58,13 @@ def layer_samples(model: PreTrainedModel, tokens: Tensor) -> list[LayerSample]:
     def see(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         seen[layer] = (query.detach().float(), key.detach().float(), value.detach().float())
 
-    trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with torch.enable_grad(), observed_attention(model, see):
+        with frozen(model), torch.enable_grad(), observed_attention(model, see):
             embedded = model.get_input_embeddings()(tokens.to(model.device)).detach().requires_grad_(True)
             model(inputs_embeds=embedded, labels=tokens.to(model.device), use_cache=False).loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
     found = []
     for block in blocks:
         query, key, value = seen[block.index]
