@@ -5,7 +5,6 @@
     child       that process: `python -m trimtab.evaluation.kv_decode.child JOB`
     measure     what is measured, the same for all: `Session` is what a system has to offer
     torch_sessions, llama_cpp_session     the systems
-    gguf_export     the model as llama.cpp reads it
 
 Names are imported on first use: the process that measures llama.cpp holds no torch.
 """

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from trimtab.core.errors import NumericsError
-from trimtab.evaluation.kv_decode.gguf_export import export_gguf
 from trimtab.evaluation.kv_decode.llama_cpp_session import GGUF_FILE
 from trimtab.evaluation.kv_decode.measure import Benchmark, Setting
 from trimtab.evaluation.kv_decode.systems import System
 from trimtab.kernels.bandwidth import read_bandwidth_gbps
 from trimtab.models import random_model, save
+from trimtab.models.exports.base import Source
+from trimtab.models.exports.gguf import Gguf
 
 _LIMIT_SECONDS = 3600
 
@@ -112,7 +113,9 @@ def make_model(directory: Path, setting: Setting, *, gguf: bool, gguf_type: str 
     )
     save(model, directory, force=True)
     if gguf:
-        export_gguf(model, directory / GGUF_FILE, gguf_type)
+        # not `models.export`, which takes compressed models
+        file = directory / GGUF_FILE
+        Gguf.from_options({"dense": gguf_type, "tokenizer": "none"}).write(Source.of(model), file, file)
 
 
 def measure_system(system: System, model: Path, setting: Benchmark, threads: int) -> dict[str, Any]:
