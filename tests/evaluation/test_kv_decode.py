@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from trimtab.core.errors import ConfigError, NumericsError
+from trimtab.evaluation.beside import run as shared_run
+from trimtab.evaluation.beside.base import System
 from trimtab.evaluation.kv_decode import Setting, _run, choose, measure, torch_sessions
-from trimtab.evaluation.kv_decode.systems import CACHES, System
+from trimtab.evaluation.kv_decode.systems import CACHES
 
 TINY: dict[str, int] = {"layers": 2, "hidden": 64, "query_heads": 4, "kv_heads": 2, "head_dim": 32, "mlp": 96}
 SETTING = Setting(context=192, steps=4, vocabulary=131, **TINY)
@@ -109,7 +111,7 @@ def test_bytes_count_each_storage_once_and_whole() -> None:
 
 
 def test_a_run_lists_what_is_absent_and_what_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "read_bandwidth_gbps", lambda threads: 10.0)
+    monkeypatch.setattr(shared_run, "read_bandwidth_gbps", lambda threads: 10.0)
     systems = [
         System("other/absent", "torch_sessions:open_dynamic", needs={"no_such_module.part": "no-such-package"}),
         System("other/broken", "no_such_session:open_it"),
@@ -132,7 +134,7 @@ def test_a_killed_system_is_an_error_with_the_signal(tmp_path: Path, monkeypatch
     script.write_text("#!/bin/sh\necho last words >&2\nkill -SEGV $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    figures = _run.measure_system(choose(["transformers"])[0], tmp_path, SETTING, 1)
+    figures = shared_run.measure_system(choose(["transformers"])[0], tmp_path, SETTING, 1)
     assert "SIGSEGV" in figures["error"]
     assert "last words" in figures["error"]
 
