@@ -21,7 +21,7 @@ the loss is smooth enough. Modes:
     naive         delta = 1, tau = 1, no rho: a gradient step, then the nearest codes; known to fail
     continuous    P only
 
-A part of the calibration text, its end, is not trained on: every `check_every` steps the model, as it would be stored,
+A part of the calibration text, its end, is neither trained on nor shown to the base: every `check_every` steps the model, as it would be stored,
 is measured there, and the best so far is what remains, the base's own result included. So the loss of what is kept
 never rises.
 
@@ -54,6 +54,7 @@ from trimtab.weights.base import LinearMethod, Notes, WeightMethod
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trimtab.models.calibration_set import CalibrationSet
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import LinearView
     from trimtab.tensors.compressed import CompressedTensor
@@ -135,6 +136,10 @@ class PvTuning(LinearMethod):
     def needs_text(self) -> bool:
         return True
 
+    def statistics_text(self, calibration: CalibrationSet) -> CalibrationSet:
+        """Without the end, by which the best state is chosen: a base that knew it would look better than it is."""
+        return calibration.take(calibration.split(self.held_out)[0])
+
     @property
     def tunes(self) -> bool:
         return True
@@ -171,7 +176,7 @@ class PvTuning(LinearMethod):
         assert tuning.calibration is not None
         norms = _norms(tuning) if self.norms else ()
         loss = Distillation(tuning.model, tuning.teacher, tuning.calibration)
-        train, held = loss.split(self.held_out)
+        train, held = tuning.calibration.split(self.held_out)
         batch = max(1, self.batch_tokens // tuning.calibration.length)
         batches = loss.batches(train, batch, tuning.seed)
         changes = 0
