@@ -13,8 +13,10 @@ from trimtab.kernels.block_step import (
     MAX_ROWS,
     Block,
     Layer,
+    LowRankTerm,
     Norm,
     PreparedBlock,
+    SparseTerm,
     after_reference,
     before_reference,
     reference,
@@ -22,6 +24,7 @@ from trimtab.kernels.block_step import (
 )
 from trimtab.kernels.grid_matmul import GridWeight, native
 from trimtab.kernels.packing import pack
+from trimtab.kernels.terms import native as term_kernels
 
 from .conftest import inputs, make_grid, relative_rms
 
@@ -44,14 +47,40 @@ every_isa = pytest.mark.parametrize("isa", library.ISAS, indirect=True)
 
 @pytest.fixture(autouse=True)
 def same_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared is all that stands between the products: those have a suite of their own."""
+    """What is compared is all that stands between the products and terms: those have suites of their own."""
     monkeypatch.setattr(reference, "grid_matmul_reference", native.grid_matmul_native)
+    monkeypatch.setattr(reference, "low_rank_add_reference", term_kernels.low_rank_add_native)
+    monkeypatch.setattr(reference, "sparse_add_reference", term_kernels.sparse_add_native)
 
 
 def layer(out: int, width: int, dtype: torch.dtype, seed: int, *, bias: bool, bits: int = 4) -> Layer:
     given = make_grid(out, width, bits, 16, seed=seed).given
     given = replace(given, scales=given.scales * (3 / 2**bits * width**-0.5))
     return Layer(given, inputs(1, out, dtype, seed=seed)[0] * 0.3 if bias else None)
+
+
+def terms(out: int, width: int, dtype: torch.dtype, seed: int) -> tuple[LowRankTerm | SparseTerm, ...]:
+    """A low-rank term with factors of `dtype`, a sparse one, and another low-rank one."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randint(0, 3, (out + 1,), generator=generator, dtype=torch.int32)
+    offsets[0] = 0
+    offsets = offsets.cumsum(0).int()
+    columns = torch.randint(0, width, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+    values = torch.randn(len(columns), generator=generator)
+    ranks = [
+        LowRankTerm(0.3 * inputs(out, rank, dtype, seed), 0.3 * inputs(rank, width, dtype, seed)) for rank in (3, 2)
+    ]
+    return ranks[0], SparseTerm(values, columns, offsets), ranks[1]
+
+
+def with_terms(block: Block, dtype: torch.dtype, names: tuple[str, ...] = ("q", "v", "o", "up", "down")) -> Block:
+    """The block with terms in some layers."""
+    changed = {}
+    for name in names:
+        one = block.layers()[name]
+        more = terms(one.weight.out_features, one.weight.in_features, dtype, len(name))
+        changed[name] = replace(one, terms=more if name != "v" else more[:1])
+    return replace(block, **changed)
 
 
 def norm(width: int, dtype: torch.dtype, seed: int) -> Norm:
@@ -128,6 +157,28 @@ def test_native_parity(isa: str, dtype: torch.dtype, options: dict[str, bool]) -
         assert parity(block, block, rows, tokens, tables), (rows, tokens, tables)
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float16])
+def test_native_parity_with_terms(isa: str, dtype: torch.dtype, factors: torch.dtype) -> None:
+    block = with_terms(make_block(dtype, bias=True), factors)
+    assert refuses(block) is None
+    for rows in (1, 3, MAX_ROWS):
+        assert parity(block, block, rows), rows
+    for name, one in block.layers().items():
+        for place in range(len(one.terms)):
+            fewer = replace(one, terms=one.terms[:place] + one.terms[place + 1 :])
+            assert not parity(block, replace(block, **{name: fewer})), (name, place)
+
+
+def test_empty_terms_are_nothing() -> None:
+    block = make_block(torch.bfloat16)
+    out, width = block.up.weight.out_features, block.up.weight.in_features
+    half = torch.empty(0).bfloat16()
+    none = LowRankTerm(half.view(out, 0), half.view(0, width)), SparseTerm(half, half.int(), torch.zeros(out + 1).int())
+    assert parity(block, replace(block, up=replace(block.up, terms=none)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("part", ["attention_norm", "mlp_norm", "q_norm", "k_norm"])
 def test_another_epsilon_is_no_parity(dtype: torch.dtype, part: str) -> None:
@@ -177,7 +228,7 @@ def test_the_activation_is_that_of_torch_everywhere() -> None:
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_neither_batch_nor_threads(isa: str, dtype: torch.dtype) -> None:
-    block = make_block(dtype, bias=True, head_norms=True)
+    block = with_terms(make_block(dtype, bias=True, head_norms=True), torch.bfloat16, ("k", "o"))
     wide = replace(block, gate=layer(4096, HIDDEN, dtype, 1, bias=False), up=layer(4096, HIDDEN, dtype, 2, bias=False))
     wide = replace(wide, down=layer(HIDDEN, 4096, dtype, 3, bias=True))
     x, cos, sin, attended = tensors(MAX_ROWS, 1, dtype, MAX_ROWS)
@@ -210,6 +261,12 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
     assert "the bias of k is [3]" in str(refuses(replace(block, k=replace(block.k, bias=torch.ones(3).bfloat16()))))
     assert "mlp_norm is [81]" in str(refuses(replace(block, mlp_norm=norm(81, torch.bfloat16, 1))))
     assert "not heads of 36" in str(refuses(replace(block, head_dim=36)))
+    few = LowRankTerm(torch.ones(INNER, 2).bfloat16(), torch.ones(2, 3).bfloat16())
+    assert "a term of it {'left': [112, 2], 'right': [2, 3]}" in str(
+        refuses(replace(block, up=replace(block.up, terms=(few,))))
+    )
+    exact = LowRankTerm(torch.ones(INNER, 2), torch.ones(2, HIDDEN))
+    assert "up: factors are torch.float32" in str(refuses(replace(block, up=replace(block.up, terms=(exact,)))))
     spread = torch.ones(HIDDEN, 2).bfloat16()[:, 0]
     assert "not contiguous" in str(refuses(replace(block, mlp_norm=Norm(spread, 1e-5))))
     assert "on meta" in str(refuses(replace(block, mlp_norm=Norm(spread.contiguous().to("meta"), 1e-5))))

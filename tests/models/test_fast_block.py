@@ -28,8 +28,9 @@ from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.views import ModelView
 from trimtab.tensors.compressed import CompressedTensor
-from trimtab.tensors.low_rank import LowRank
+from trimtab.tensors.low_rank import LowRank, svd
 from trimtab.tensors.rotation import Rotation
+from trimtab.tensors.sparse import SparseOutliers
 from trimtab.weights.rtn import Rtn
 
 pytestmark = pytest.mark.skipif(library.absent() is not None, reason="there are no native kernels here")
@@ -360,7 +361,7 @@ def test_changed_norms_are_seen(calls: list[int]) -> None:
     assert calls == [1] * 4 * 3 * BLOCKS
 
 
-@pytest.mark.parametrize("form", ["dense", "rotated", "two parts", "another activation"])
+@pytest.mark.parametrize("form", ["dense", "rotated", "wide factors", "two grids", "another activation"])
 def test_other_forms_run_as_they_are(form: str, calls: list[int]) -> None:
     model = make()
     mlp = blocks(model)[0].mlp
@@ -370,14 +371,41 @@ def test_other_forms_run_as_they_are(form: str, calls: list[int]) -> None:
         fast_decoding(model)
     elif form == "rotated":
         mlp.up_proj = CompressedLinear(CompressedTensor(layer.tensor.parts, Rotation(layer.in_features, seed=3)))
-    elif form == "two parts":
+    elif form == "wide factors":
         more = LowRank(torch.ones(layer.out_features, 1), torch.ones(1, layer.in_features))
         mlp.up_proj = CompressedLinear(CompressedTensor((*layer.tensor.parts, more)))
+    elif form == "two grids":
+        mlp.up_proj = CompressedLinear(CompressedTensor(2 * layer.tensor.parts))
     else:
         mlp.act_fn = nn.GELU()
     found = decode(model, steps=1)
     assert calls == [1]
     same(found, decode(plain(model), steps=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_terms_are_part_of_the_step(family: str, dtype: torch.dtype, calls: list[int]) -> None:
+    model = make(family, dtype, bits=2)
+    before = decode(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            generator = torch.Generator().manual_seed(len(name))
+            error = (
+                0.3 * layer.in_features**-0.5 * torch.randn(layer.out_features, layer.in_features, generator=generator)
+            )
+            kept = SparseOutliers.select(error, 0.02)
+            low = svd(error - kept.dequantize(), 4, dtype=torch.bfloat16)
+            parent, _, attribute = name.rpartition(".")
+            other = CompressedLinear(CompressedTensor((*layer.tensor.parts, kept, low)), layer.bias)
+            setattr(model.get_submodule(parent), attribute, other)
+    calls.clear()
+    found = decode(model, 3, padding=4)
+    assert calls == [3] * 3 * BLOCKS
+    same(found, decode(plain(model), 3, padding=4))
+    assert not torch.equal(decode(model), before)
+    blocks(model)[0].mlp.up_proj.part2_left.mul_(5)
+    same(decode(model), decode(plain(model)))
 
 
 def test_gradients_and_training_take_the_modules(calls: list[int]) -> None:

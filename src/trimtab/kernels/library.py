@@ -46,10 +46,29 @@ class GridWeightStruct(ctypes.Structure):
     )
 
 
+class BlockTermStruct(ctypes.Structure):
+    """tt_block_term of native/api.h."""
+
+    _fields_ = (
+        ("right", ctypes.c_void_p),
+        ("left", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 class BlockLinearStruct(ctypes.Structure):
     """tt_block_linear of native/api.h."""
 
-    _fields_ = (("weight", GridWeightStruct), ("bias", ctypes.c_void_p))
+    _fields_ = (
+        ("weight", GridWeightStruct),
+        ("terms", ctypes.c_void_p),
+        ("term_count", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+    )
 
 
 class BlockNormStruct(ctypes.Structure):

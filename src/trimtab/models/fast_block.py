@@ -20,12 +20,24 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trimtab.kernels.block_step import MAX_ROWS, Block, Layer, Norm, PreparedBlock, refuses
+from trimtab.kernels.block_step import (
+    MAX_ROWS,
+    Block,
+    Layer,
+    LowRankTerm,
+    Norm,
+    PreparedBlock,
+    SparseTerm,
+    refuses,
+)
 from trimtab.kernels.op import KERNELS_VARIABLE
 from trimtab.models.attention import BACKEND
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.families.base import Family
 from trimtab.models.views import BlockView
+from trimtab.tensors.base import Part
+from trimtab.tensors.low_rank import LowRank
+from trimtab.tensors.sparse import SparseOutliers
 
 log = logging.getLogger("trimtab.models")
 
@@ -201,9 +213,13 @@ class _FewTokens:
                 return None, f"{role} is a {type(linear).__name__}"
             tensor = linear.tensor
             weight = tensor.parts[0].grid_weight()
-            if weight is None or tensor.transform is not None or len(tensor.parts) > 1:
-                return None, f"{role} is more than one grid"
-            layers[role] = Layer(weight, linear.bias)
+            if weight is None or tensor.transform is not None:
+                return None, f"{role} is no grid, or has a transform"
+            terms = [_term(part) for part in tensor.parts[1:]]
+            known_terms = [term for term in terms if term is not None]
+            if len(known_terms) < len(terms):
+                return None, f"{role} has a second part that is neither of low rank nor sparse"
+            layers[role] = Layer(weight, linear.bias, tuple(known_terms))
         made = Block(
             **layers,
             attention_norm=_norm(self._attention_norm),
@@ -244,6 +260,14 @@ def _norm(module: nn.Module) -> Norm:
     weight, epsilon = module.weight, module.variance_epsilon
     assert isinstance(weight, Tensor)
     return Norm(weight, float(epsilon))  # type: ignore[arg-type]
+
+
+def _term(part: Part) -> LowRankTerm | SparseTerm | None:
+    if isinstance(part, LowRank):
+        return LowRankTerm(part.left, part.right)
+    if isinstance(part, SparseOutliers):
+        return SparseTerm(part.values, part.columns, part.offsets)
+    return None
 
 
 def _log_once(message: str) -> None:

@@ -5,8 +5,19 @@ its own, take half as long again. There is no dispatch: `models/fast_block` uses
 and the modules themselves elsewhere.
 """
 
-from trimtab.kernels.block_step.block import Block, Layer, Norm
+from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm, SparseTerm
 from trimtab.kernels.block_step.native import MAX_ROWS, PreparedBlock, refuses
 from trimtab.kernels.block_step.reference import after_reference, before_reference
 
-__all__ = ["MAX_ROWS", "Block", "Layer", "Norm", "PreparedBlock", "after_reference", "before_reference", "refuses"]
+__all__ = [
+    "MAX_ROWS",
+    "Block",
+    "Layer",
+    "LowRankTerm",
+    "Norm",
+    "PreparedBlock",
+    "SparseTerm",
+    "after_reference",
+    "before_reference",
+    "refuses",
+]

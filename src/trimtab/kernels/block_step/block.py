@@ -11,15 +11,49 @@ from trimtab.kernels.grid_matmul.weight import GridWeight
 
 
 @dataclass(frozen=True, eq=False)
+class LowRankTerm:
+    """+ (x right^T) left^T with left [out, r] and right [r, in] of one dtype, as in `kernels/terms`."""
+
+    left: Tensor
+    right: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        rank = self.left.shape[-1]
+        return tuple(self.left.shape) == (out_features, rank) and tuple(self.right.shape) == (rank, in_features)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTerm:
+    """+ x S^T with S in compressed rows, as in `kernels/terms`; columns are below `in`, which is not checked here."""
+
+    values: Tensor
+    columns: Tensor
+    offsets: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values, "columns": self.columns, "offsets": self.offsets}
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        return tuple(self.offsets.shape) == (out_features + 1,) and self.values.shape == self.columns.shape
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """y = x W^T rounded to the dtype of x, then + bias [out] of that dtype."""
+    """y = x W^T, plus each term in their order, plus bias [out]; each sum is rounded to the dtype of x, and of bias."""
 
     weight: GridWeight
     bias: Tensor | None = None
+    terms: tuple[LowRankTerm | SparseTerm, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
-        return self.weight.tensors() | ({} if self.bias is None else {"bias": self.bias})
+        found = self.weight.tensors() | ({} if self.bias is None else {"bias": self.bias})
+        for place, term in enumerate(self.terms):
+            found |= {f"terms[{place}].{name}": tensor for name, tensor in term.tensors().items()}
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +111,10 @@ class Block:
             found = layer.weight.out_features, layer.weight.in_features
             if found != wanted[name]:
                 return f"{name} is {list(found)} where {list(wanted[name])} would fit"
+            for term in layer.terms:
+                if not term.fits(*found):
+                    shapes = {own: list(tensor.shape) for own, tensor in term.tensors().items()}
+                    return f"{name} is {list(found)}, a term of it {shapes}"
             if layer.bias is not None and tuple(layer.bias.shape) != found[:1]:
                 return f"the bias of {name} is {list(layer.bias.shape)}, its outputs are {found[0]}"
         for name, norm in self.norms().items():

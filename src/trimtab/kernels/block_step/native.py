@@ -7,13 +7,16 @@ that causes. Rows do not influence each other and neither does the number of thr
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from trimtab.kernels import library
-from trimtab.kernels.block_step.block import Block, Layer, Norm
+from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm, SparseTerm
 from trimtab.kernels.grid_matmul import native
-from trimtab.kernels.library import DTYPES, BlockLinearStruct, BlockNormStruct, BlockStruct
+from trimtab.kernels.library import DTYPES, BlockLinearStruct, BlockNormStruct, BlockStruct, BlockTermStruct
+from trimtab.kernels.terms import native as term_kernels
 
 MAX_ROWS = 8
 """Rows of x, batch times tokens: with more, products take so long that what stands between them no longer counts."""
@@ -40,7 +43,20 @@ def refuses(block: Block) -> str | None:
     for name, layer in block.layers().items():
         if reason := native.refuses(probe, (layer.weight,)):
             return f"{name}: {reason}"
-    return block.misfit()
+    return block.misfit() or _refuses_term(block, dtype)
+
+
+def _refuses_term(block: Block, dtype: torch.dtype) -> str | None:
+    for name, layer in block.layers().items():
+        x, out = torch.empty(1, layer.weight.in_features, dtype=dtype), torch.empty(1, 1, dtype=dtype)
+        for term in layer.terms:
+            if isinstance(term, LowRankTerm):
+                reason = term_kernels.low_rank_refuses(out, x, term.left, term.right)
+            else:
+                reason = term_kernels.sparse_refuses(out, x, term.values, term.columns, term.offsets)
+            if reason:
+                return f"{name}: {reason}"
+    return None
 
 
 class PreparedBlock:
@@ -57,7 +73,8 @@ class PreparedBlock:
         self.head_dim = block.head_dim
         self._heads = [layer.weight.out_features // block.head_dim for layer in (block.q, block.k, block.v)]
         self._width = sum(self._heads) * block.head_dim
-        layers = {name: _layer(layer) for name, layer in block.layers().items()}
+        self._terms = {name: _terms(layer) for name, layer in block.layers().items()}
+        layers = {name: _layer(layer, self._terms[name]) for name, layer in block.layers().items()}
         norms = {name: _norm(norm) for name, norm in block.norms().items()}
         described = BlockStruct(
             **layers, **norms, head_dim=block.head_dim, dtype=DTYPES[self.dtype], isa=library.isa_limit()
@@ -110,8 +127,23 @@ class PreparedBlock:
         return out
 
 
-def _layer(layer: Layer) -> BlockLinearStruct:
-    return BlockLinearStruct(native.describe(layer.weight), None if layer.bias is None else layer.bias.data_ptr())
+def _terms(layer: Layer) -> ctypes.Array[BlockTermStruct]:
+    """Those that are not empty."""
+    found = [term for term in layer.terms if all(tensor.numel() for tensor in term.tensors().values())]
+    return (BlockTermStruct * len(found))(*map(_term, found))
+
+
+def _term(term: LowRankTerm | SparseTerm) -> BlockTermStruct:
+    if isinstance(term, LowRankTerm):
+        left, right = term.left, term.right
+        return BlockTermStruct(right.data_ptr(), left.data_ptr(), rank=right.shape[0], dtype=DTYPES[right.dtype])
+    values, columns, offsets = (tensor.data_ptr() for tensor in term.tensors().values())
+    return BlockTermStruct(values=values, columns=columns, offsets=offsets, dtype=DTYPES[term.values.dtype])
+
+
+def _layer(layer: Layer, terms: ctypes.Array[BlockTermStruct]) -> BlockLinearStruct:
+    bias = None if layer.bias is None else layer.bias.data_ptr()
+    return BlockLinearStruct(native.describe(layer.weight), ctypes.addressof(terms), len(terms), bias)
 
 
 def _norm(norm: Norm) -> BlockNormStruct:

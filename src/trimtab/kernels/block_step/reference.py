@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.kernels.block_step.block import Block, Layer, Norm
+from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
+from trimtab.kernels.terms.reference import low_rank_add_reference, sparse_add_reference
 
 
 def before_reference(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,6 +29,11 @@ def after_reference(block: Block, attended: Tensor, x: Tensor) -> Tensor:
 
 def _linear(x: Tensor, layer: Layer) -> Tensor:
     y = grid_matmul_reference(x, (layer.weight,))[0]
+    for term in layer.terms:
+        if isinstance(term, LowRankTerm):
+            y = low_rank_add_reference(y, x, term.left, term.right)
+        else:
+            y = sparse_add_reference(y, x, term.values, term.columns, term.offsets)
     return y if layer.bias is None else y + layer.bias
 
 

@@ -24,9 +24,20 @@ struct tt_grid_weight {
   int32_t scale_dtype, zero_dtype;
 };
 
-// A linear layer of a block: the product, rounded, plus a bias of the dtype of x, or null.
+// What a product has added to it: a low-rank term, right [rank][in] and left [out][rank], or one in compressed sparse
+// rows, offsets [out + 1] into values and columns. What the other kind has is null.
+struct tt_block_term {
+  const void *right, *left, *values;
+  const int32_t *columns, *offsets;
+  int64_t rank;
+  int32_t dtype;  // of factors (1, 2) or values (0 to 2), as in tt_grid_weight
+};
+
+// A linear layer of a block: the product, rounded; plus each term, rounded; plus a bias of the dtype of x, or null.
 struct tt_block_linear {
   tt_grid_weight weight;
+  const tt_block_term* terms;
+  int64_t term_count;
   const void* bias;
 };
 

@@ -5,12 +5,16 @@
 //   after:  o -> + x -> norm -> gate, up -> silu(gate) * up -> down -> + what went into the norm
 //
 // Each runs in one team of threads. grid_matmul computes the products; a thread finishes the rows that it computed.
+#include <deque>
 #include <new>
 
 #include "api.h"
 #include "block_rows.h"
 #include "grid_job.h"
 #include "grid_plan.h"
+#include "low_rank.h"
+#include "numbers.h"
+#include "sparse_row.h"
 #include "threads.h"
 
 namespace trimtab {
@@ -33,8 +37,9 @@ struct Step {
   const tt_block& block;
   const Kernels& kernels;
   const BlockRows& rows;
-  int64_t count;  // rows of x
-  int64_t width;  // bytes of a number
+  const HalfKernels* halves[3];  // by dtype of factors
+  int64_t count;                 // rows of x
+  int64_t width;                 // bytes of a number
 
   int64_t hidden() const { return block.q.weight.in_features; }
   uint8_t* at(void* from, int64_t numbers) const { return static_cast<uint8_t*>(from) + numbers * width; }
@@ -43,34 +48,92 @@ struct Step {
   }
 };
 
+LowRank low_rank(const tt_block_linear& layer, const tt_block_term& term) {
+  return {static_cast<const uint16_t*>(term.right), static_cast<const uint16_t*>(term.left),
+          layer.weight.in_features, layer.weight.out_features, term.rank, term.dtype};
+}
+
+thread_local std::vector<float> wide;  // x in float32, for sparse terms
+
 // Layers that read one input, and where their outputs [rows][out] go.
 struct Site {
   const tt_block_linear* layers[3];
   void* outs[3];
   int64_t size = 0;
   Products products;
+  std::deque<LowRankState> states;  // of the low-rank terms in their order
 
   void plan(const Step& step, const void* x) {
     products.size(size_t(size));
     for (int64_t i = 0; i < size; ++i) plan_job(products, call(step, x), size_t(i), layers[i]->weight, outs[i]);
     place_inputs(products, call(step, x));
+    each_low_rank([&](const LowRank& term, LowRankState& state) { state.size(term, step.count); });
   }
   Call call(const Step& step, const void* x) const {
     return {step.kernels, static_cast<const uint8_t*>(x), step.block.dtype, step.count, layers[0]->weight.in_features};
   }
-  // Products and biases, and `plus` [rows][out] if it is given. The rows of the team are complete after its next wait.
-  void run(const Step& step, const void* x, const void* plus, const Team& team) {
-    run_packed(call(step, x), products, team);
-    int64_t place = 0;
-    each_share(products.jobs, team.id, team.count, [&](const Job& job, int64_t begin, int64_t end) {
-      while (outs[place] != job.out) ++place;
-      const int64_t features = job.weight->out_features;
-      for (int64_t row = 0; row < step.count; ++row) {
-        void* own = step.at(job.out, row * features + begin);
-        if (const void* bias = layers[place]->bias) step.rows.add(own, step.at(bias, begin), own, end - begin);
-        if (plus) step.rows.add(step.at(plus, row * features + begin), own, own, end - begin);
+  template <class F>
+  void each_low_rank(F&& f) {
+    size_t place = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t t = 0; t < layers[i]->term_count; ++t) {
+        const tt_block_term& term = layers[i]->terms[t];
+        if (!term.right) continue;
+        if (place == states.size()) states.emplace_back();
+        f(low_rank(*layers[i], term), states[place++]);
       }
+    }
+  }
+  // Products, terms and biases, and `plus` [rows][out] if it is given. Complete after the team's next wait.
+  void run(const Step& step, const void* x, const void* plus, const Team& team) {
+    each_low_rank([&](const LowRank& term, LowRankState& state) {
+      narrow_inputs(term, state, x, step.block.dtype, step.count, team);
+      inner_product(*step.halves[term.dtype], term, state, x, step.block.dtype, step.count, team);
     });
+    run_packed(call(step, x), products, team);  // which waits after it has prepared its inputs
+    widen(step, x);
+    size_t state = 0;
+    int64_t place = 0;
+    auto skip = [&](int64_t layer) {
+      for (int64_t t = 0; t < layers[layer]->term_count; ++t) state += layers[layer]->terms[t].right != nullptr;
+    };
+    each_share(products.jobs, team.id, team.count, [&](const Job& job, int64_t begin, int64_t end) {
+      for (; outs[place] != job.out; ++place) skip(place);
+      finish(step, *layers[place], job.out, plus, state, begin, end);
+    });
+  }
+
+ private:
+  void widen(const Step& step, const void* x) const {
+    bool wanted = false;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t t = 0; t < layers[i]->term_count; ++t) wanted = wanted || layers[i]->terms[t].values;
+    }
+    if (!wanted) return;
+    const int64_t count = step.count * layers[0]->weight.in_features;
+    wide.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) wide[size_t(i)] = load_number(x, step.block.dtype, i);
+  }
+  // Outputs [begin, end) of a layer whose first low-rank state is states[state].
+  void finish(const Step& step, const tt_block_linear& layer, void* out, const void* plus, size_t state, int64_t begin,
+              int64_t end) {
+    const int64_t features = layer.weight.out_features;
+    for (int64_t t = 0; t < layer.term_count; ++t) {
+      const tt_block_term& term = layer.terms[t];
+      if (term.right) {
+        add_outer_product(*step.halves[term.dtype], low_rank(layer, term), states[state++], out, step.block.dtype,
+                          step.count, begin, end);
+      } else {
+        add_sparse_rows(sparse_row_for(step.block.isa, term.dtype),
+                        {term.values, term.columns, term.offsets, layer.weight.in_features, features, term.dtype},
+                        wide.data(), out, step.block.dtype, step.count, begin, end);
+      }
+    }
+    for (int64_t row = 0; row < step.count; ++row) {
+      void* own = step.at(out, row * features + begin);
+      if (layer.bias) step.rows.add(own, step.at(layer.bias, begin), own, end - begin);
+      if (plus) step.rows.add(step.at(plus, row * features + begin), own, own, end - begin);
+    }
   }
 };
 
@@ -107,9 +170,10 @@ template <class F>
 int32_t with_kernels(const tt_block& block, int64_t rows, F&& f) {
   const Kernels* kernels = kernels_for(block.isa, block.dtype == kBfloat16);
   const BlockRows* between = block_rows_for(block.isa, block.dtype);
-  if (!kernels || !between) return TT_NO_ISA;
+  const HalfKernels *halves = half_kernels_for(block.isa, false), *bfloats = half_kernels_for(block.isa, true);
+  if (!kernels || !between || !halves || !bfloats) return TT_NO_ISA;
   try {
-    f(Step{block, *kernels, *between, rows, dtype_bytes(block.dtype)});
+    f(Step{block, *kernels, *between, {nullptr, halves, bfloats}, rows, dtype_bytes(block.dtype)});
     return TT_OK;
   } catch (const std::bad_alloc&) {
     return TT_NO_MEMORY;
