@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trimtab import compress
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul.prepared import MAX_ROWS, PreparedGrids
+from trimtab.kernels.kv_attention import dense
 from trimtab.kernels.op import KERNELS_VARIABLE
 from trimtab.models import attention, load, random_model, save
 from trimtab.models.compressed_linear import CompressedLinear
@@ -292,6 +293,21 @@ def test_one_query_of_heads_that_share_keys(rows: int) -> None:
     masked, _ = attention.attention(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(masked, sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)[0])
     assert not torch.allclose(masked, found)
+
+
+@torch.no_grad()
+def test_one_query_over_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_query, seen = dense.one_query, []
+    monkeypatch.setattr(dense, "one_query", lambda *args: seen.append(1) or one_query(*args))  # type: ignore[func-returns-value]
+    query, key, value = (torch.randn(2, heads, tokens, 16) for heads, tokens in ((8, 1), (2, 300), (2, 300)))
+    module = nn.Module()
+    module.num_key_value_groups = 4  # type: ignore[assignment]
+    found, _ = attention.attention(module, query, key, value, None, scaling=0.3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    assert seen == ([] if library.machine_isas() == ("scalar",) else [1])
+    attention.attention(module, query, key, value, None, scaling=0.3, dropout=0.5)
+    assert len(seen) < 2, "the kernel has no dropout"
 
 
 @torch.no_grad()
