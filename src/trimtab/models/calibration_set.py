@@ -115,7 +115,6 @@ class CalibrationSet:
         prefix = torch.tensor(begin, dtype=torch.int64).expand(len(rows), -1)
         return cls.from_tokens(torch.cat([prefix, rows], dim=1), source=source)
 
-
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices of the sequences to learn from and, from the end of the text, of about `share` of all to choose by.
 

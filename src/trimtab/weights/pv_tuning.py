@@ -21,9 +21,9 @@ the loss is smooth enough. Modes:
     naive         delta = 1, tau = 1, no rho: a gradient step, then the nearest codes; known to fail
     continuous    P only
 
-A part of the calibration text, its end, is neither trained on nor shown to the base: every `check_every` steps the model, as it would be stored,
-is measured there, and the best so far is what remains, the base's own result included. So the loss of what is kept
-never rises.
+A part of the calibration text, its end, is neither trained on nor shown to the base: every `check_every` steps the
+model, as it would be stored, is measured there, and the best so far is what remains, the base's own result included. So
+the loss of what is kept never rises.
 
 Departures from the authors' code:
   - Both steps are relative to the norm of what they move (LAMB without its clipping), so that one pair of rates serves
