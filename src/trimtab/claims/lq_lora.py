@@ -12,7 +12,7 @@ from trimtab.weights import Gptq, LqLora, Rtn
 __all__ = ["CLAIMS"]
 
 RANK = 8
-TURNS = 10
+TURNS = 5
 WIDTHS: tuple[Literal[2, 3], ...] = (2, 3)
 UNIFORM_BITS = {2: 2.1276, 3: 3.1276}
 """Bits per weight of NF in blocks of 64 with 8-bit scales, of which a program with the same budget has as many."""

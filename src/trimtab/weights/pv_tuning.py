@@ -28,7 +28,7 @@ the loss of what is kept never rises.
 Departures from the authors' code:
   - Both steps are relative to the norm of what they move (LAMB without its clipping), so that one pair of rates serves
     scales, zero points and codebooks of any size.
-  - Rates fall linearly to zero, and they, tau and rho are higher (theirs: 3e-4, 3e-3, 0.01 and 0.01): our runs are
+  - Rates fall linearly to zero and are lower where rounding errors are, and they, tau and rho are higher (theirs: 3e-4, 3e-3, 0.01 and 0.01): our runs are
     hundreds of batches of 2,048 tokens, theirs of a million each. In small matrices rho = 0.01 lets one code change per
     step. The defaults were chosen on the held-out calibration text of `ref-mini` at 2 bits, in runs of 50 steps.
   - The subspace is the top groups only, not sampled; embeddings and head are not trained, norms if `norms` asks.
@@ -77,10 +77,11 @@ class PvTuning(LinearMethod):
     mode               see above
     steps              batches
     batch_tokens       tokens in a batch (at least one sequence)
-    lr                 relative step of scales, zero points, codebooks, norms; falls linearly to zero
+    lr                 relative step of scales, zero points, codebooks, norms; falls linearly to zero. This and the next
+                       two are for 2 bits, and a third of it for every further bit: rounding errors are smaller
     code_lr            relative step of the weights that codes follow; likewise
-    max_code_change    tau, the share of code groups that may change in one step of a matrix
     trust_ratio        rho, the length of the changes of codes in one step, relative to the matrix
+    max_code_change    tau, the share of code groups that may change in one step of a matrix
     norms              train the norms of the blocks and the last one as well
     held_out           share of the calibration sequences to choose the best state by
     check_every        steps between two measurements on them
@@ -94,8 +95,8 @@ class PvTuning(LinearMethod):
     batch_tokens: int = 2048
     lr: float = 1e-2
     code_lr: float = 0.05
-    max_code_change: float = 0.05
     trust_ratio: float = 0.3
+    max_code_change: float = 0.05
     norms: bool = False
     held_out: float = 0.125
     check_every: int = 10
@@ -158,7 +159,7 @@ class PvTuning(LinearMethod):
         """What the mode lets codes do; None: nothing."""
         from trimtab.weights._pv_step import CodeRules
 
-        tau, rho = self.max_code_change, self.trust_ratio
+        tau, rho = self.max_code_change, self.trust_ratio * self._scale
         return {
             "pv_ste": CodeRules(tau, rho),
             "subspace": CodeRules(tau, rho, decay=1.0, force=True),
@@ -166,6 +167,10 @@ class PvTuning(LinearMethod):
             "naive": CodeRules(decay=1.0),
             "continuous": None,
         }[self.mode]
+
+    @property
+    def _scale(self) -> float:
+        return 3.0 ** (2 - self.bits)
 
     def tune(self, tuning: Tuning) -> Notes:
         """P and V steps; the notes have the loss on held-out calibration text before and after, nats per token."""
@@ -191,7 +196,7 @@ class PvTuning(LinearMethod):
             bar = bars.progress("tuning", self.steps, shown=tuning.progress)
             with bar as advance:
                 for step in range(1, self.steps + 1):
-                    rate = 1 - (step - 1) / self.steps
+                    rate = self._scale * (1 - (step - 1) / self.steps)
                     student.zero_gradients()
                     loss.backward(next(batches))
                     student.pull_back()
