@@ -28,9 +28,10 @@ the loss of what is kept never rises.
 Departures from the authors' code:
   - Both steps are relative to the norm of what they move (LAMB without its clipping), so that one pair of rates serves
     scales, zero points and codebooks of any size.
-  - Rates fall linearly to zero and are lower where rounding errors are, and they, tau and rho are higher (theirs: 3e-4, 3e-3, 0.01 and 0.01): our runs are
-    hundreds of batches of 2,048 tokens, theirs of a million each. In small matrices rho = 0.01 lets one code change per
-    step. The defaults were chosen on the held-out calibration text of `ref-mini` at 2 bits, in runs of 50 steps.
+  - Rates fall linearly to zero and are lower where rounding errors are; and they, tau and rho are higher (theirs: 3e-4,
+    3e-3, 0.01 and 0.01): our runs are hundreds of batches of 2,048 tokens, theirs of a million each. In small matrices
+    rho = 0.01 lets one code change per step. The defaults were chosen on calibration text of `ref-mini`: at 2 bits in
+    runs of 50 steps, what is left of them at 3 bits in runs of 100 and 200.
   - The subspace is the top groups only, not sampled; embeddings and head are not trained, norms if `norms` asks.
   - Any LinearMethod is a base, so grids and NormalFloat levels are tuned as codebooks are.
 
