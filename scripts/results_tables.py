@@ -191,7 +191,7 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> 
     if not found:
         return text.NOTHING
     mean = text.number(sum(found) / len(found))
-    return mean if len(found) == 1 else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
+    return mean if min(found) == max(found) else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
 
 
 def kv_decode_table(document: Document, _: str | None) -> str:

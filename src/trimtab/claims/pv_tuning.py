@@ -88,7 +88,7 @@ def _beats_ste(base: str) -> Outcome:
 
 _PAPER = method_info("pv_tuning").paper
 _SETTING = (
-    f"ref-mini at 2 bits from {{}}, {STEPS} steps of {BATCH_TOKENS:,} tokens of {SEQUENCES} x {LENGTH} tokens of prose, "
+    f"ref-mini at 2 bits from {{}}, {STEPS} steps of {BATCH_TOKENS:,} tokens of {SEQUENCES} x {LENGTH} of prose, "
     "of which an eighth is held out to choose by; the same rates for all modes; KL(ref-mini || compressed) on "
     f"{WINDOWS} x 256 tokens of other prose. "
 )
