@@ -67,8 +67,7 @@ NEGATIVE = (
     "Retrieval heads are sparse",
     "At equal bytes the low-rank part lowers",
     "Levels learnt by k-means weighted",
-    "At 2 bits PV-Tuning beats straight-through estimation for NormalFloat",
-    "At 2 bits PV-Tuning beats straight-through estimation for codebooks",
+    "At 2 bits PV-Tuning beats straight-through estimation",
     "At equal bytes the correction is worth more",
     "Without data it competes with methods that calibrate",
 )
