@@ -1,7 +1,7 @@
 """Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
     python scripts/record_results.py compare    rtn and gptq at 2, 3, 4 and 8 bits on ref, all tasks
-    python scripts/record_results.py weights    weight methods on ref, with outliers too, on two texts [FILE [METHOD ...]]
+    python scripts/record_results.py weights    weight methods on ref, with outliers too, two texts [FILE [METHOD]]
     python scripts/record_results.py weights-peers    other libraries' quantizers and ours, where they are installed
     python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
