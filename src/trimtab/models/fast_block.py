@@ -77,7 +77,8 @@ class _FewTokens:
     def __init__(self, view: BlockView, family: Family) -> None:
         assert family.attention_arguments is not None
         self._block = weakref.ref(view.module)
-        self._attention, self._mlp = view.attention.module, view.mlp.module
+        self._attention: Any = view.attention.module
+        self._mlp = view.mlp.module
         self._attention_norm, self._mlp_norm = view.attention.norm, view.mlp.norm
         self._q_norm, self._k_norm = view.attention.q_norm, view.attention.k_norm
         self._head_dim = view.attention.head_dim
@@ -95,9 +96,9 @@ class _FewTokens:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self.block
         if not args and _decodes(hidden_states):
-            step = self._step(block)
-            if step is not None and self._suits(step, hidden_states, kwargs):
-                return self._run(step, hidden_states, **kwargs)
+            step, attention = self._step(block), self._attention.config._attn_implementation
+            if step is not None and attention in _ATTENTION and self._suits(step, hidden_states, kwargs):
+                return self._run(step, ALL_ATTENTION_FUNCTIONS[attention], hidden_states, **kwargs)
         elif not getattr(hidden_states, "is_cpu", False):
             self._prepared = None  # it would keep what the block had before it was moved
         return type(block).forward(block, hidden_states, *args, **kwargs)
@@ -108,6 +109,7 @@ class _FewTokens:
     def _run(
         self,
         step: PreparedBlock,
+        attend: Callable[..., Any],
         hidden: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor],
@@ -116,11 +118,10 @@ class _FewTokens:
         **kwargs: Any,
     ) -> Tensor:
         """The block's forward; cache and attention function are called as its attention calls them."""
-        attention: Any = self._attention
+        attention = self._attention
         queries, keys, values = step.before(hidden, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         attended, _ = attend(
             attention,
             queries,
@@ -139,7 +140,6 @@ class _FewTokens:
         """Whether the tensors of a call are what the step reads, and nobody asks for more than the output."""
         rows, tokens, width = hidden.shape
         rotary = kwargs.get("position_embeddings")
-        attention: Any = self._attention
         return (
             hidden.dtype == step.dtype
             and width == step.hidden
@@ -153,7 +153,6 @@ class _FewTokens:
                 for table in rotary
             )
             and rotary[0].shape == rotary[1].shape
-            and attention.config._attn_implementation in _ATTENTION
             and not kwargs.get("output_attentions")
         )
 
