@@ -26,11 +26,12 @@ from trimtab.kernels.grid_matmul import GridWeight, native
 from trimtab.kernels.packing import pack
 from trimtab.kernels.terms import native as term_kernels
 
-from .conftest import inputs, make_grid, relative_rms
+from .conftest import inputs, make_grid
 
 HERE = library.machine_isas() if library.absent() is None else ()
 pytestmark = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MOSTLY = 0.97  # numbers of 16 bits that are the same; where a rounding was left out, two thirds are
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 6, 2, 24, 80, 112
 
 
@@ -78,7 +79,7 @@ def with_terms(block: Block, dtype: torch.dtype, names: tuple[str, ...] = ("q", 
     changed = {}
     for name in names:
         one = block.layers()[name]
-        more = terms(one.weight.out_features, one.weight.in_features, dtype, len(name))
+        more = terms(one.weight.out_features, one.weight.in_features, dtype, sum(map(ord, name)))
         changed[name] = replace(one, terms=more if name != "v" else more[:1])
     return replace(block, **changed)
 
@@ -125,14 +126,14 @@ def tensors(rows: int, tokens: int, dtype: torch.dtype, tables: int = 1) -> tupl
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Nearly all numbers are the same, and none is far off: roundings fall the other way where float32 sums differ."""
+    """Most numbers are the same, and none is far off: roundings fall the other way only where float32 sums differ."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     if found.dtype == torch.float32:
         return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
     unit = torch.finfo(found.dtype).eps
     near = torch.allclose(found.double(), expected.double(), atol=8 * unit, rtol=8 * unit)
-    return near and relative_rms(found, expected) < unit / 2
+    return near and float((found == expected).double().mean()) > MOSTLY
 
 
 def parity(block: Block, made: Block, rows: int = 1, tokens: int = 1, tables: int = 1) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab.kernels.block_step import (
@@ -204,7 +205,7 @@ class _FewTokens:
         known = [*linears.values(), activation, *norms, self._attention, self._mlp]
         if len(inside) != sum(module is not None for module in known) or any(m not in known for m in inside):
             return None, "there is a module that is not known"
-        if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
+        if type(activation) not in (nn.SiLU, SiLUActivation):
             return None, f"the activation is {type(activation).__name__}"
         layers: dict[str, Layer] = {}
         for role, linear in linears.items():
