@@ -86,11 +86,14 @@ struct Site {
   }
   // Products, terms and biases, and `plus` [rows][out] if it is given. Complete after the team's next wait.
   void run(const Step& step, const void* x, const void* plus, const Team& team) {
+    bool inner = false;
     each_low_rank([&](const LowRank& term, LowRankState& state) {
+      inner = true;
       narrow_inputs(term, state, x, step.block.dtype, step.count, team);
       inner_product(*step.halves[term.dtype], term, state, x, step.block.dtype, step.count, team);
     });
-    run_packed(call(step, x), products, team);  // which waits after it has prepared its inputs
+    run_packed(call(step, x), products, team);
+    if (inner) team.wait();  // for the inner products of the others
     widen(step, x);
     size_t state = 0;
     int64_t place = 0;

@@ -31,6 +31,7 @@ struct Job {
   void* out;
   const Job* like;             // the first job that wants the inputs laid out as this one does
   uint8_t* scratch;            // of its inputs, if that is this one
+  bool as_they_are;            // its inputs are read where they are: nothing to lay out
   std::vector<Inputs> inputs;  // by tile
 
   int64_t head() const { return plan.blocks * kLanes * codes_per_lane(weight->bits); }  // inputs of the full blocks
@@ -74,8 +75,8 @@ void plan_job(Products& products, const Call& call, size_t index, const tt_grid_
 // After all jobs are planned: gives the inputs of those that differ in them a place each.
 void place_inputs(Products& products, const Call& call);
 
-// Multiplies packed rows as they are: called by every thread of the team. The rows that `each_share` names for a thread
-// are written by it.
+// Multiplies packed rows as they are: called by every thread of the team, which waits if there are inputs to lay out. The
+// rows that `each_share` names for a thread are written by it.
 void run_packed(const Call& call, Products& products, const Team& team);
 
 // Writes rows out as bfloat16 in a cache and multiplies them: for kernels that have `panels`.

@@ -161,6 +161,8 @@ void place_inputs(Products& products, const Call& call) {
     if (job.like != &job) continue;
     job.inputs.resize(size_t(tiles));
     job.scratch = place;
+    job.as_they_are = call.kernels.bfloat16_inputs && call.batch == 1 && !job.wants_sums;
+    if (job.as_they_are) job.inputs[0] = prepare(call, job, 0, 1, place, scratch.row);  // which only points there
     place += call.batch * (input_bytes(call) + sum_bytes(job));
   }
 }
@@ -168,15 +170,17 @@ void place_inputs(Products& products, const Call& call) {
 void run_packed(const Call& call, Products& products, const Team& team) {
   int64_t tiles = 0;
   each_tile(call.batch, [&](int64_t, int64_t, int) { ++tiles; });
+  bool laid_out = false;
   for (Job& job : products.jobs) {
-    if (job.like != &job) continue;
+    if (job.like != &job || job.as_they_are) continue;
+    laid_out = true;
     each_tile(call.batch, [&](int64_t t, int64_t first, int index) {
       if (t % team.count != team.id) return;
       uint8_t* at = job.scratch + first * (input_bytes(call) + sum_bytes(job));
       job.inputs[size_t(t)] = prepare(call, job, first, kWidths[index], at, scratch.row);
     });
   }
-  team.wait();
+  if (laid_out) team.wait();
   each_share(products.jobs, team.id, team.count, [&](const Job& job, int64_t begin, int64_t end) {
     const int64_t panel = tiles == 1 ? end - begin : std::max<int64_t>(8, kPanelBytes / job.bytes_per_row / 8 * 8);
     for (int64_t row = begin; row < end; row += panel) {
