@@ -26,7 +26,7 @@ from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.views import ModelView
 
 GROUP = 64
-SEQUENCES, LENGTH = 128, 256
+SEQUENCES, LENGTH = 32, 256
 WINDOWS = 24
 
 Quantize = Callable[[PreTrainedModel, CalibrationSet, int], float]
