@@ -12,6 +12,7 @@ from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
 from trimtab.tensors import (
     ActivationGrid,
     BinaryBases,
+    Bitmap,
     Chain,
     Codebook,
     CompressedTensor,
@@ -23,6 +24,7 @@ from trimtab.tensors import (
     Rotation,
     SparseOutliers,
     TableFormat,
+    TwoOfFour,
     svd,
 )
 
@@ -65,6 +67,10 @@ PARTS: dict[str, Callable[[], Part]] = {
     "binary-constant": lambda: BinaryBases.nearest(WEIGHT, _alphas(), torch.full((6,), 0.1, dtype=torch.float16)),
     "low_rank": lambda: svd(WEIGHT, 2, dtype=torch.float16),
     "sparse": lambda: SparseOutliers.select(WEIGHT, 0.1),
+    "bitmap": lambda: Bitmap.from_dense(WEIGHT, WEIGHT > 0.3, torch.float16),
+    "two_of_four": lambda: TwoOfFour.from_dense(
+        WEIGHT, torch.tensor([1, 0, 0, 1] * 8).bool().expand(6, 32), torch.float16
+    ),
 }
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.weights._pruning.selection import Sparsity
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("rtn", {"bits": 4, "group_size": 16}),
     ("rtn", {"bits": 3, "group_size": -1, "symmetric": True}),
@@ -43,23 +45,43 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qllm", {"bits": 3, "activation_bits": 8, "group_size": 16, "rank": 0, "search_sequences": 1}),
     ("mergequant", {"bits": 4, "activation_bits": 8}),
     ("mergequant", {"bits": 3, "activation_bits": 8, "rotate": False, "multiple": 16, "skip_first": True}),
+    ("magnitude", {"sparsity": 0.35, "value_dtype": "bfloat16"}),
+    ("magnitude", {"sparsity": "2:4", "value_dtype": "float16"}),
+    ("magnitude", {"sparsity": "40%", "value_dtype": "bfloat16", "within": "model"}),
+    ("wanda", {"sparsity": 0.35, "value_dtype": "bfloat16"}),
+    ("wanda", {"sparsity": "4:8", "value_dtype": "bfloat16", "repair": "obs"}),
+    ("wanda", {"sparsity": 0.5, "value_dtype": "bfloat16", "within": "model", "repair": "least_squares"}),
+    ("sparsegpt", {"sparsity": 0.35, "value_dtype": "bfloat16"}),
+    ("sparsegpt", {"sparsity": "2:4", "value_dtype": "float16", "block_size": 20}),
 ]
+
+_SPARSITIES: list[dict[str, Any]] = [{"sparsity": share} for share in (0.7, 0.5, 0.25, 0.1)]
 
 LADDERS: dict[str, list[dict[str, Any]]] = {
     "vq": [{"bits": 2}, {"bits": 4}],  # 3 bits want three codebooks, too many for matrices as small as these
     "pv_tuning": [{"bits": 2}, {"bits": 4}],  # of any base
     "lq_lora": [{"budget_bits": bits} for bits in (2.7, 3.5, 4.5, 8.5)],
     "mixed": [{"budget": budget} for budget in ("71.5kB", "75kB", "83kB")],
+    "magnitude": _SPARSITIES,
+    "wanda": _SPARSITIES,
+    "sparsegpt": _SPARSITIES,
 }
-"""Options from coarse to fine of the methods that choose bits for each matrix; the others have an option `bits`."""
+"""Options from coarse to fine of the methods without an option `bits` that says it."""
 
 WITH_FEW_TARGETS: dict[str, dict[str, Any]] = {"mixed": {"budget": "205kB"}}
 """Options that change where most linears stay dense."""
 
 
 def least_bits(options: dict[str, Any]) -> int:
-    """The fewest bits that any matrix may get."""
+    """The fewest bits that any matrix may get; 16 for each value that is not pruned."""
+    if "sparsity" in options:
+        return int(16 * (1 - Sparsity.of(options["sparsity"], "case").share))
     return int(options.get("bits", 2))
+
+
+def largest_error(options: dict[str, Any]) -> float:
+    """What the squared error of a layer may be, relative to the layer."""
+    return 0.3 if "sparsity" in options else {2: 0.6, 3: 0.15, 4: 0.03, 8: 1e-3}[least_bits(options)]
 
 
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in CASES]

@@ -25,7 +25,7 @@ from trimtab.models.random import ALL_FAMILIES, random_model
 from trimtab.models.views import ModelView
 from trimtab.weights.base import WeightMethod
 
-from .cases import CASES, IDS, LADDERS, WITH_FEW_TARGETS, least_bits
+from .cases import CASES, IDS, LADDERS, WITH_FEW_TARGETS, largest_error, least_bits
 
 TOKENS = torch.randint(3, 131, (2, 20), generator=torch.Generator().manual_seed(5))
 case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -94,7 +94,7 @@ def test_error_is_small_and_reported(name: str, options: dict[str, Any], calibra
     dense = random_model("llama")
     weights = {linear.name: linear.weight for linear in ModelView.of(dense).linears}
     model = compressed("llama", name, options, calibration)
-    bound = {2: 0.6, 3: 0.15, 4: 0.03, 8: 1e-3}[least_bits(options)]
+    bound = largest_error(options)
     for entry in model.trimtab.record.changed:
         weight = weights[entry["linear"]]
         error = (model.get_submodule(entry["linear"]).dequantize() - weight).square().sum() / weight.square().sum()

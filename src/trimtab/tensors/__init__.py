@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.tensors.activations import ActivationGrid as ActivationGrid
     from trimtab.tensors.base import Part as Part
     from trimtab.tensors.binary import BinaryBases as BinaryBases
+    from trimtab.tensors.bitmap import Bitmap as Bitmap
     from trimtab.tensors.codebook import Codebook as Codebook
     from trimtab.tensors.compressed import CompressedTensor as CompressedTensor
     from trimtab.tensors.grid import ClipSearch as ClipSearch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trimtab.tensors.table import TableFormat as TableFormat
     from trimtab.tensors.transform import Chain as Chain
     from trimtab.tensors.transform import Transform as Transform
+    from trimtab.tensors.two_of_four import TwoOfFour as TwoOfFour
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -35,6 +37,7 @@ __getattr__, __dir__ = lazy_exports(
         "ActivationGrid": "activations",
         "Part": "base",
         "BinaryBases": "binary",
+        "Bitmap": "bitmap",
         "Codebook": "codebook",
         "CompressedTensor": "compressed",
         "ClipSearch": "grid",
@@ -50,5 +53,6 @@ __getattr__, __dir__ = lazy_exports(
         "TableFormat": "table",
         "Chain": "transform",
         "Transform": "transform",
+        "TwoOfFour": "two_of_four",
     },
 )

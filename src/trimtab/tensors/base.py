@@ -23,7 +23,7 @@ from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
 
-_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook")
+_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "two_of_four")
 PART_KINDS: dict[str, type[Part]] = {}
 """kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 

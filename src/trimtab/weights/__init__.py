@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trimtab.weights.hqq import Hqq as Hqq
     from trimtab.weights.loftq import Loftq as Loftq
     from trimtab.weights.lq_lora import LqLora as LqLora
+    from trimtab.weights.magnitude import Magnitude as Magnitude
     from trimtab.weights.mergequant import Mergequant as Mergequant
     from trimtab.weights.mixed import Mixed as Mixed
     from trimtab.weights.nf import Nf as Nf
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from trimtab.weights.qbb import Qbb as Qbb
     from trimtab.weights.qllm import Qllm as Qllm
     from trimtab.weights.rtn import Rtn as Rtn
+    from trimtab.weights.sparsegpt import Sparsegpt as Sparsegpt
     from trimtab.weights.vq import Vq as Vq
+    from trimtab.weights.wanda import Wanda as Wanda
 
 __getattr__, __dir__ = lazy_exports(
     __name__, {"compress": "_compress", "compress_to": "_compress", **room_exports("weights")}

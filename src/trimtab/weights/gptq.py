@@ -41,6 +41,7 @@ from trimtab.core.errors import ConfigError, NumericsError
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid, column_codes, column_values, quantize_codes
 from trimtab.tensors.metric import Metric
+from trimtab.weights._column_sweep import sweep
 from trimtab.weights._grid import GridMethod
 from trimtab.weights.base import LinearMethod, Notes
 
@@ -124,31 +125,22 @@ class Gptq(GridMethod, LinearMethod):
         group_of = torch.arange(in_features) // length if order is None else order.cpu() // length
         groups = group_of.tolist()
         codes = torch.empty_like(columns, dtype=torch.uint8)
-        errors = torch.empty_like(columns)
-        inverse_pivots = (1 / upper.diagonal()).tolist()
 
-        start = 0
-        while start < in_features:
-            stop = self._block_end(start, in_features, None if static else length)
-            for i in range(start, stop):
-                group = groups[i]
-                if not static and i % length == 0:
-                    fresh_scales, fresh_zeros = self.group_parameters(
-                        columns[i : i + length].T, diagonal[i : i + length]
-                    )
-                    scales[:, group] = fresh_scales
-                    if zeros is not None and fresh_zeros is not None:
-                        zeros[:, group] = fresh_zeros
-                scale, zero = scales[:, group], None if zeros is None else zeros[:, group]
-                codes[i] = column_codes(columns[i], scale, zero, fmt)
-                torch.sub(columns[i], column_values(codes[i], scale, zero, fmt), out=errors[i])
-                errors[i] *= inverse_pivots[i]
-                columns[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i], alpha=-1)
-            columns[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
-            start = stop
+        def rounded(i: int) -> Tensor:
+            group = groups[i]
+            if not static and i % length == 0:
+                fresh_scales, fresh_zeros = self.group_parameters(columns[i : i + length].T, diagonal[i : i + length])
+                scales[:, group] = fresh_scales
+                if zeros is not None and fresh_zeros is not None:
+                    zeros[:, group] = fresh_zeros
+            scale, zero = scales[:, group], None if zeros is None else zeros[:, group]
+            codes[i] = column_codes(columns[i], scale, zero, fmt)
+            return column_values(codes[i], scale, zero, fmt)
 
+        loss = sweep(
+            columns, upper, lambda start: self._block_end(start, in_features, None if static else length), rounded
+        )
         in_place = codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes)
-        loss = float(errors.double().square().sum()) / 2
         return in_place.T.contiguous(), scales, zeros, loss
 
     def _block_end(self, start: int, in_features: int, length: int | None) -> int:
