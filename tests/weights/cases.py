@@ -53,6 +53,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("wanda", {"sparsity": 0.5, "value_dtype": "bfloat16", "within": "model", "repair": "least_squares"}),
     ("sparsegpt", {"sparsity": 0.35, "value_dtype": "bfloat16"}),
     ("sparsegpt", {"sparsity": "2:4", "value_dtype": "float16", "block_size": 20}),
+    ("gblm", {"sparsity": 0.35, "value_dtype": "bfloat16", "gradient_memory": "30kB"}),
+    ("gblm", {"sparsity": "2:4", "value_dtype": "float16", "norm": "l2", "repair": "obs"}),
 ]
 
 _SPARSITIES: list[dict[str, Any]] = [{"sparsity": share} for share in (0.7, 0.5, 0.25, 0.1)]
@@ -65,6 +67,7 @@ LADDERS: dict[str, list[dict[str, Any]]] = {
     "magnitude": _SPARSITIES,
     "wanda": _SPARSITIES,
     "sparsegpt": _SPARSITIES,
+    "gblm": _SPARSITIES,
 }
 """Options from coarse to fine of the methods without an option `bits` that says it."""
 

@@ -9,28 +9,23 @@ linear's inputs and D [tokens, out] the gradients of its outputs, the gradient i
 d_i, x_j being columns of D and X. Source: Guo, Greengard, Xing, Kim, LQ-LoRA, ICLR 2024, arXiv:2311.12023, which forms
 the gradients; the products of Gram matrices give the same numbers.
 
-Memory beyond the model: the inputs of all blocks for one sequence (blocks are run again on the way back), the
-activations of one block, the logits of one sequence, and two token x token matrices.
+Memory beyond that of a backward pass (`models/backward.py`): two token x token matrices.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.core.errors import DataError, NumericsError
 from trimtab.core.progress import progress as progress_bar
+from trimtab.models.backward import backward, check_context, watched
 from trimtab.models.calibration_set import CalibrationSet
-from trimtab.models.frozen import frozen
-from trimtab.models.views import LinearView, ModelView
+from trimtab.models.views import LinearView
 
 __all__ = ["Fisher", "fisher_information"]
 
@@ -63,18 +58,13 @@ def fisher_information(
     parameters' gradients and flags are left as they were. Raises DataError if a sequence is longer than the model's
     context or if no sequence has two tokens, NumericsError naming the linear if a loss or a factor is NaN or infinite.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and calibration.length > context:
-        raise DataError(
-            f"sequences of {calibration.length} tokens are longer than the model's context of {context}. Make them "
-            f"with length={context} or less."
-        )
+    check_context(model, calibration)
     sums = {linear.name: _Sums(linear, full) for linear in linears}
     examples = 0
     bar = progress_bar("Fisher information", len(calibration.tokens), shown=progress)
-    with _differentiable(model, linears, sums), bar as advance:
+    with watched(model, [(linear, sums[linear.name].add) for linear in linears]), bar as advance:
         for tokens, mask in zip(calibration.tokens, calibration.mask, strict=True):
-            examples += _backward(model, tokens[mask][None])
+            examples += backward(model, tokens[mask][None])
             advance("")
     if not examples:
         raise DataError("Fisher information needs a sequence of at least two tokens that are not padding.")
@@ -118,77 +108,3 @@ class _Sums:
                 f"the gradients at {self.name} are NaN or infinite on the calibration text. Check the model's weights, "
                 "or load it in a wider dtype (float32)."
             )
-
-
-class _Watched(torch.autograd.Function):
-    """x W^T, which on the way back shows x and the output's gradient to `seen`. The input is a saved tensor, so a
-    checkpointed block holds it only while it is run again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seen: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.seen = weight, seen
-        return functional.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        ctx.seen(x, gradient)
-        return gradient @ ctx.weight, None, None
-
-
-@contextlib.contextmanager
-def _differentiable(model: PreTrainedModel, linears: Sequence[LinearView], sums: dict[str, _Sums]) -> Iterator[None]:
-    """Within: a backward pass through the model fills `sums`, runs blocks again and computes no other gradient."""
-    view = ModelView.of(model)
-    changed: list[nn.Module] = []
-    training = model.training
-
-    def start(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        return output.requires_grad_(True)  # the one leaf: without it nothing would be differentiated
-
-    handle = view.embedding.register_forward_hook(start)
-    try:
-        model.train(False)
-        for linear in linears:
-            linear.module.__dict__["forward"] = _watched(linear, sums[linear.name])
-            changed.append(linear.module)
-        for block in view.blocks:
-            block.module.__dict__["forward"] = _run_twice(block.module.forward)
-            changed.append(block.module)
-        with frozen(model):
-            yield
-    finally:
-        handle.remove()
-        for module in changed:
-            module.__dict__.pop("forward", None)
-        model.train(training)
-
-
-def _watched(linear: LinearView, total: _Sums) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        product: Tensor = _Watched.apply(x, linear.weight, total.add)  # type: ignore[no-untyped-call]
-        return product if linear.bias is None else product + linear.bias
-
-    return forward
-
-
-def _run_twice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def _backward(model: PreTrainedModel, tokens: Tensor) -> int:
-    """Forward and backward pass of one sequence [1, tokens]; the number of examples it makes, 1 or 0."""
-    if tokens.shape[1] < 2:
-        return 0
-    tokens = tokens.to(model.device)
-    with torch.enable_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-        loss = functional.cross_entropy(logits, tokens[0, 1:])
-        if not bool(torch.isfinite(loss)):
-            raise NumericsError(
-                f"the loss of {type(model).__name__} on the calibration text is {float(loss.detach())}. Check its "
-                "weights, or load it in a wider dtype (float32)."
-            )
-        torch.autograd.backward(loss)
-    return 1

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trimtab.weights._compress import compress as compress
     from trimtab.weights._compress import compress_to as compress_to
     from trimtab.weights.awq import Awq as Awq
+    from trimtab.weights.gblm import Gblm as Gblm
     from trimtab.weights.gptq import Gptq as Gptq
     from trimtab.weights.hqq import Hqq as Hqq
     from trimtab.weights.loftq import Loftq as Loftq
