@@ -24,6 +24,8 @@ from trimtab.core.errors import CheckpointError, CompositionError, TargetError
 from trimtab.core.files import atomic_file
 from trimtab.models.views import LinearView
 from trimtab.tensors.bitmap import pack_bits, unpack_bits, words
+from trimtab.tensors.support import SupportPart
+from trimtab.tensors.two_of_four import TwoOfFour
 from trimtab.weights._pruning.units import UnitKind, UnitMap
 
 PLAN_VERSION = 1
@@ -91,6 +93,17 @@ class Plan:
         return all(torch.equal(a.keep, b.keep) for a, b in zip(self.entries, other.entries, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def of_model(cls, linears: Sequence[LinearView]) -> Plan:
+        """What was removed of the linears that are stored without zeros; the others have no entry."""
+        entries = []
+        for linear in linears:
+            parts = linear.compressed.tensor.parts if linear.compressed else ()
+            if len(parts) == 1 and isinstance(parts[0], SupportPart):
+                kind: UnitKind = "n_of_m" if isinstance(parts[0], TwoOfFour) else "element"
+                entries.append(PlanEntry(linear.name, kind, parts[0].mask().reshape(-1).cpu()))
+        return cls(tuple(entries))
 
     def table(self) -> list[dict[str, Any]]:
         """One row per entry, JSON values: name, kind, units, kept, kept_fraction."""
