@@ -36,10 +36,13 @@ def gradient_norms(
     calibration: CalibrationSet,
     *,
     order: Literal[1, 2] = 1,
+    scale: float = 1.0,
     memory: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Name -> norm [out, in] over sequences of each of `linears`, bfloat16 on the CPU, of the model as it is.
+    """Name -> norm [out, in] over sequences of each of `linears`, times `scale`, of the model as it is.
+
+    Norms are rounded to bfloat16, on the CPU.
 
     memory    bytes of sums that are held at once (None: of all linears); one linear is always taken
 
@@ -61,7 +64,7 @@ def gradient_norms(
                     advance("")
             if not examples:
                 raise DataError("gradients need a sequence of at least two tokens that are not padding.")
-            found |= {own.linear.name: own.result() for own in sums}
+            found |= {own.linear.name: own.result(scale) for own in sums}
     return found
 
 
@@ -92,7 +95,7 @@ class _Sum:
         term = gradient.abs_() if self.order == 1 else gradient.square_()
         self.total = term if self.total is None else self.total.add_(term)
 
-    def result(self) -> Tensor:
+    def result(self, scale: float) -> Tensor:
         assert self.total is not None
         total = self.total if self.order == 1 else self.total.sqrt()
         if not bool(torch.isfinite(total).all()):
@@ -100,4 +103,4 @@ class _Sum:
                 f"the gradients at {self.linear.name} are NaN or infinite on the calibration text. Check the model's "
                 "weights, or load it in a wider dtype (float32)."
             )
-        return total.to(torch.bfloat16).cpu()
+        return (total * scale).to(torch.bfloat16).cpu()

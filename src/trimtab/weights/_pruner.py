@@ -102,6 +102,13 @@ class Site:
     stats: Stats | None
     learned: Tensor | None = None
 
+    @property
+    def input_norms(self) -> Tensor:
+        """The root of the mean square of each input, float32 [in]; for scores whose `score_needs` has second_moment."""
+        assert self.stats is not None
+        assert self.stats.second_moment is not None
+        return self.stats.second_moment.to(self.weight.device).sqrt()
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneMethod(SparseMethod):

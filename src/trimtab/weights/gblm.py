@@ -35,7 +35,6 @@ from trimtab.tensors.compressed import CompressedTensor
 from trimtab.weights._budget import Budget
 from trimtab.weights._pruner import PruneMethod, Site
 from trimtab.weights.base import Notes
-from trimtab.weights.wanda import input_norms
 
 if TYPE_CHECKING:
     from trimtab.models.statistics import Need, Stats
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Gblm"]
 
 PAPER_SEQUENCES = 128
+_ORDERS: dict[str, Literal[1, 2]] = {"l1": 1, "l2": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,37 +78,36 @@ class Gblm(PruneMethod):
         from trimtab.models.gradient_norms import gradient_norms
 
         assert planning.calibration is not None
-        calibration, memory = planning.calibration, Budget.of(self.gradient_memory).nbytes
-        order: Literal[1, 2] = 1 if self.norm == "l1" else 2
+        calibration, order = planning.calibration, _ORDERS[self.norm]
+        sequences = len(calibration.tokens)
+        alpha = self.alpha * (PAPER_SEQUENCES / sequences) ** (1 / order)
         with planning.record.timed("gradients"):
-            norms = planning.remembered_tensors(
+            return planning.remembered_tensors(
                 "gradients",
                 lambda: gradient_norms(
                     planning.model,
                     planning.targets,
                     calibration,
                     order=order,
-                    memory=memory,
+                    scale=alpha / (calibration.count / sequences) ** 0.5,
+                    memory=Budget.of(self.gradient_memory).nbytes,
                     progress=planning.progress,
                 ),
             )
-        sequences = len(calibration.tokens)
-        alpha = self.alpha * (PAPER_SEQUENCES / sequences) ** (1 / order)
-        factor = alpha / (calibration.count / sequences) ** 0.5
-        return {name: norm * factor for name, norm in norms.items()}
 
     def score(self, site: Site) -> Tensor:
-        norms = input_norms(site)
         if site.learned is None:
-            return site.weight.abs() * norms
-        return site.weight.abs() * (norms + site.learned.to(site.weight.device).float())
+            return site.weight.abs() * site.input_norms
+        return site.weight.abs() * (site.input_norms + site.learned.to(site.weight.device).float())
 
     def pruned(
         self, linear: LinearView, stats: Stats | None, learned: Tensor | None, count: int | None
     ) -> tuple[CompressedTensor, Notes]:
         tensor, notes = super().pruned(linear, stats, learned, count)
         if learned is not None:
-            typical = input_norms(Site(linear.name, linear.weight, stats)).median()
-            ratio = learned.float().median() / typical if float(typical) > 0 else torch.tensor(torch.inf)
+            typical = Site(linear.name, linear.weight, stats).input_norms.median()
+            ratio = (
+                learned.float().median().to(typical.device) / typical if float(typical) > 0 else torch.tensor(torch.inf)
+            )
             notes["gradient_to_norm"] = float(ratio)
         return tensor, notes

@@ -39,11 +39,4 @@ class Wanda(PruneMethod):
         return frozenset({"second_moment"})
 
     def score(self, site: Site) -> Tensor:
-        return site.weight.abs() * input_norms(site)
-
-
-def input_norms(site: Site) -> Tensor:
-    """The root of the mean square of each input, float32 [in]."""
-    assert site.stats is not None
-    assert site.stats.second_moment is not None
-    return site.stats.second_moment.to(site.weight.device).sqrt()
+        return site.weight.abs() * site.input_norms

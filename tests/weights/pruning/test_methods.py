@@ -172,7 +172,6 @@ def test_masks_of_later_blocks_see_earlier_corrections(linear_of: Make, correlat
     weight, stats = correlated
     small = pruned(Sparsegpt(block_size=16), linear_of(weight), stats)
     whole = pruned(Sparsegpt(block_size=128), linear_of(weight), stats)
-    assert torch.equal(small.mask()[:, :1], small.mask()[:, :1])
     assert not torch.equal(small.mask(), whole.mask())
 
 

@@ -68,6 +68,24 @@ def test_least_squares_beats_the_sweep_and_the_sweep_beats_nothing(correlated: E
         assert error(weight, repair_ls_rows(weight, gram, keep) + step, gram) > best
 
 
+def test_costs_are_those_of_weights_that_hold_all_earlier_corrections(correlated: Example) -> None:
+    """The costs shown for the second half of the columns are those of what removing from the first half leaves."""
+    weight, stats = correlated
+    inverse = Metric.gram(gram_of(stats)).inverse_cholesky()
+    shown: dict[int, Tensor] = {}
+
+    def first_half(start: int, costs: Tensor) -> Tensor:
+        shown[start] = costs.clone()
+        return (torch.arange(len(costs))[:, None] % 2 == start // 64 * 2).expand(costs.shape)  # of the second: nothing
+
+    corrected, keep, _ = remove_by_sweep(weight, inverse, first_half, choice_size=64, block_size=64)
+    assert bool(keep[:, 64:].all())
+    pivots = inverse.factor.diagonal().square()
+    torch.testing.assert_close(shown[0].T, weight[:, :64].square() / pivots[:64])
+    torch.testing.assert_close(shown[64].T, corrected[:, 64:].square() / pivots[64:], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(shown[64].T, weight[:, 64:].square() / pivots[64:], rtol=0.1)
+
+
 def test_the_broken_variant_that_solves_with_the_whole_gram_is_worse(correlated: Example) -> None:
     weight, stats = correlated
     gram = gram_of(stats)

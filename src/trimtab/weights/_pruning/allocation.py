@@ -47,13 +47,11 @@ def softmax(
     logits = -torch.tensor([scores[name] for name in names], dtype=torch.float64) / temperature
     if not bool(torch.isfinite(logits).all()):
         raise NumericsError(f"the scores of the allocation are not all finite: {dict(scores)}.")
-    weight = torch.softmax(logits, 0)
     size = torch.tensor([sizes[name] for name in names], dtype=torch.float64)
     shares, open_ = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
     while bool(open_.any()):
         left = share * size.sum() - (shares * size)[~open_].sum()
-        log_weight = torch.where(open_, weight.log(), -torch.inf)
-        relative = torch.softmax(log_weight, 0)  # of the open ones: a weight may be too small for a plain ratio
+        relative = torch.softmax(torch.where(open_, logits, -torch.inf), 0)
         wanted = relative * left / (relative * size).sum()
         over = open_ & (wanted > cap)
         shares = torch.where(over, cap, torch.where(open_, wanted, shares))
