@@ -106,6 +106,23 @@ def test_modules(cli: Cli, tiny: Path, tiny_rtn: Path) -> None:
     assert "CompressedLinear" in cli("modules", str(tiny_rtn)).out
 
 
+def test_plan_of_pruned_models_files_and_their_difference(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    for share in ("0.5", "2:4"):
+        command = ("compress", str(tiny), "--method", "magnitude", "--set", f"sparsity={share}", "--set", "within=row")
+        ran = cli(*command, "-o", str(tmp_path / share.replace(":", "-")))
+        assert ran.status == 0, ran.err
+    free, grouped, file = str(tmp_path / "0.5"), str(tmp_path / "2-4"), str(tmp_path / "plan.safetensors")
+    told = cli("plan", free, "-o", file, "--json").json
+    assert len(told["entries"]) == 14
+    assert {entry["kept_fraction"] for entry in told["entries"]} == {0.5}
+    assert cli("plan", file, "--json").json["entries"] == told["entries"]
+    assert "No difference" in cli("plan", file, "--against", free).out
+    assert {entry["kind"] for entry in cli("plan", grouped, "--json").json["entries"]} == {"n_of_m"}
+    assert len(cli("plan", file, "--against", grouped, "--json").json["entries"]) == 28
+    assert cli("plan", free, "-o", file).status == 2
+    assert "Nothing was removed" in cli("plan", str(tiny)).out
+
+
 def test_describe(cli: Cli) -> None:
     told = cli("describe", "gptq", "--json").json
     options = {option["name"]: option for option in told["options"]}

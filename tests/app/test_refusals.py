@@ -84,6 +84,7 @@ def test_output_that_is_occupied(refused: Refused, tmp_path: Path) -> None:
         ["evaluate", "{}", "--tasks", "prose"],
         ["compare", "{}", "--methods", "rtn", "-o", "out"],
         ["modules", "{}"],
+        ["plan", "{}"],
     ],
 )
 def test_unknown_model(refused: Refused, command: list[str]) -> None:

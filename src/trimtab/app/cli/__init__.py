@@ -32,6 +32,7 @@ from trimtab.app.cli import (
     generate,
     list,
     modules,
+    plan,
     train,
 )
 from trimtab.app.cli.output import complain
@@ -40,7 +41,7 @@ from trimtab.core.errors import TrimtabError
 SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "See it work": (demo,),
     "Change a model": (compress, fit, export, train),
-    "Use and measure a model": (generate, evaluate, compare, modules),
+    "Use and measure a model": (generate, evaluate, compare, modules, plan),
     "Look things up": (list, describe, claims, bench, doctor),
 }
 EXAMPLES = (
