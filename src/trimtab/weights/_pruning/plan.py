@@ -25,7 +25,6 @@ from trimtab.core.files import atomic_file
 from trimtab.models.views import LinearView
 from trimtab.tensors.bitmap import pack_bits, unpack_bits, words
 from trimtab.tensors.support import SupportPart
-from trimtab.tensors.two_of_four import TwoOfFour
 from trimtab.weights._pruning.units import UnitKind, UnitMap
 
 PLAN_VERSION = 1
@@ -96,13 +95,12 @@ class Plan:
 
     @classmethod
     def of_model(cls, linears: Sequence[LinearView]) -> Plan:
-        """What was removed of the linears that are stored without zeros; the others have no entry."""
+        """What was removed of the linears that are stored without zeros, entry by entry; the others are not in it."""
         entries = []
         for linear in linears:
             parts = linear.compressed.tensor.parts if linear.compressed else ()
             if len(parts) == 1 and isinstance(parts[0], SupportPart):
-                kind: UnitKind = "n_of_m" if isinstance(parts[0], TwoOfFour) else "element"
-                entries.append(PlanEntry(linear.name, kind, parts[0].mask().reshape(-1).cpu()))
+                entries.append(PlanEntry(linear.name, "element", parts[0].mask().reshape(-1).cpu()))
         return cls(tuple(entries))
 
     def table(self) -> list[dict[str, Any]]:
