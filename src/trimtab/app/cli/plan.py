@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,9 +38,10 @@ def run(
     plan = _read(source)
     if out is not None:
         plan.save(out)
+    cells: list[tuple[str, ...]]
     if against is not None:
         differences = plan.diff(_read(against))
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": d.name, "kind": d.kind, "only_first": d.only_first, "only_second": d.only_second, "both": d.both}
             for d in differences
         ]
