@@ -1,0 +1,1 @@
+"""Floor 1: draft, verify and choose tokens, exactly. Read base.py first."""

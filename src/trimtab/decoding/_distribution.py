@@ -1,0 +1,100 @@
+"""Which distribution is decoded: logit transforms in their order, then the softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.decoding._reader import Rows
+from trimtab.decoding._sampling import Sampling, probabilities
+
+Prefixes = Callable[[int], Sequence[int]]
+"""Row -> all tokens of the text up to and with the one that the row follows, drafted ones included."""
+
+
+class LogitsTransform(Protocol):
+    """One step from what models say to what is drawn from. Pure: no chance, no memory, one row at a time.
+
+    early_layers   blocks whose early answers it reads in `Rows.early`
+    """
+
+    early_layers: tuple[int, ...]
+
+    def __call__(self, logits: Tensor, rows: Rows, prefixes: Prefixes) -> Tensor:
+        """logits [n, V] float32 of the steps before -> [n, V] float32; -inf is impossible."""
+
+
+class Warp:
+    """Repetition penalty, temperature, top-k, top-p and min-p of `Sampling`, in this order, as transformers has it.
+
+    Temperature 0 leaves the likeliest token alone; of equals the one with the lowest id.
+    """
+
+    early_layers: tuple[int, ...] = ()
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def __call__(self, logits: Tensor, rows: Rows, prefixes: Prefixes) -> Tensor:
+        asked = self.sampling
+        if asked.repetition_penalty != 1:
+            logits = _penalised(logits, prefixes, asked.repetition_penalty)
+        if asked.temperature == 0:
+            return _only_best(logits)
+        if asked.temperature != 1:
+            logits = logits / asked.temperature
+        if 0 < asked.top_k < logits.shape[-1]:
+            limit = logits.topk(asked.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < limit, -torch.inf)
+        if asked.top_p < 1:
+            logits = _nucleus(logits, asked.top_p)
+        if asked.min_p > 0:
+            probs = torch.softmax(logits, dim=-1)
+            limit = asked.min_p * probs.max(dim=-1, keepdim=True).values
+            logits = logits.masked_fill(probs < limit, -torch.inf)
+        return logits
+
+
+def _penalised(logits: Tensor, prefixes: Prefixes, penalty: float) -> Tensor:
+    logits = logits.clone()
+    for row in range(len(logits)):
+        seen = torch.tensor(sorted(set(prefixes(row))), dtype=torch.long, device=logits.device)
+        own = logits[row, seen]
+        logits[row, seen] = torch.where(own > 0, own / penalty, own * penalty)
+    return logits
+
+
+def _only_best(logits: Tensor) -> Tensor:
+    best = logits.max(dim=-1, keepdim=True)
+    lowest = (logits == best.values).int().argmax(dim=-1, keepdim=True)
+    kept = torch.full_like(logits, -torch.inf).scatter_(-1, lowest, 0.0)
+    return torch.where(torch.isnan(best.values), logits, kept)  # NaN is for `probabilities` to report
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = torch.softmax(ordered, dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+class Distribution:
+    """Transforms and then a softmax: rows of a model -> probabilities [n, V] float32."""
+
+    def __init__(self, transforms: Sequence[LogitsTransform]) -> None:
+        self.transforms = tuple(transforms)
+
+    @property
+    def early_layers(self) -> tuple[int, ...]:
+        """All that the transforms read."""
+        return tuple(sorted({layer for transform in self.transforms for layer in transform.early_layers}))
+
+    def __call__(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        logits = rows.logits
+        for transform in self.transforms:
+            logits = transform(logits, rows, prefixes)
+        return probabilities(logits)

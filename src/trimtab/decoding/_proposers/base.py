@@ -1,0 +1,145 @@
+"""What proposes: trees that follow the texts of a batch, and the reader of the model that drafts them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimtab.decoding._distribution import Distribution
+from trimtab.decoding._reader import Reader, Rows
+from trimtab.decoding._tree import ROOT, DraftTree, Law
+
+
+class Proposer(ABC):
+    """Drafts a tree for each text.
+
+    law        by which all its trees are drawn
+    branches   its trees may branch
+    depth      of its deepest trees
+    """
+
+    law: ClassVar[Law]
+    branches: ClassVar[bool] = False
+    depth: int
+
+    @abstractmethod
+    def propose(
+        self, texts: Sequence[Sequence[int]], limits: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> list[DraftTree]:
+        """A tree for each text, no deeper than its limit, which may be 0; one generator for each text."""
+
+    def commit(self, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]) -> None:  # noqa: B027 (may be nothing)
+        """These nodes of the trees of the last `propose` are now part of the texts."""
+
+    def select(self, rows: Sequence[int]) -> None:  # noqa: B027
+        """Text i is from now on what text rows[i] was."""
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the drafting model so far."""
+        return 0
+
+
+class ModelProposer(Proposer):
+    """Drafts with a model, one forward pass for each level of the trees of all texts.
+
+    new_reader     a reader for so many texts; made when the first draft is wanted
+    distribution   that of the draft; what children are drawn from, and what the acceptance rule is told
+    """
+
+    def __init__(self, new_reader: Callable[[int], Reader], distribution: Distribution, depth: int) -> None:
+        self.depth = depth
+        self._new_reader = new_reader
+        self._distribution = distribution
+        self._reader: Reader | None = None
+        self._read: list[_Read] = []
+
+    @property
+    def forwards(self) -> int:
+        return 0 if self._reader is None else self._reader.forwards
+
+    @abstractmethod
+    def grow(self, tree: DraftTree, leaves: Mapping[int, Tensor], level: int, generator: torch.Generator) -> list[int]:
+        """Add a level to the tree and return the nodes whose children the next level may be.
+
+        leaves   node (ROOT at level 0) -> [V], the draft distribution after it: the nodes that the last call returned
+        level    0 for what follows the text
+        """
+
+    def propose(
+        self, texts: Sequence[Sequence[int]], limits: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> list[DraftTree]:
+        trees = [DraftTree(self.law) for _ in texts]
+        deepest = min(self.depth, max(limits))
+        if deepest <= 0:
+            return trees
+        reader = self._started(texts)
+        self._read = [_Read(len(text) - len(kept)) for text, kept in zip(texts, reader.texts, strict=True)]
+        pending = [list(text[len(kept) :]) for text, kept in zip(texts, reader.texts, strict=True)]
+        rows = reader.read(pending, [list(range(-1, len(own) - 1)) for own in pending])
+        growing = [[ROOT] for _ in texts]
+        found = [Rows(own.logits[-1:]) for own in rows]
+        for level in range(deepest):
+            if level:
+                for row, nodes in enumerate(growing):
+                    self._read[row].add(nodes)
+                rows = reader.read(
+                    [[tree.tokens[node] for node in nodes] for tree, nodes in zip(trees, growing, strict=True)],
+                    [
+                        [self._read[row].place(trees[row].parents[node]) for node in nodes]
+                        for row, nodes in enumerate(growing)
+                    ],
+                )
+                found = rows
+            for row, tree in enumerate(trees):
+                if level >= limits[row] or not growing[row]:
+                    growing[row] = []
+                    continue
+                nodes = growing[row]
+                probs = self._probs(found[row], texts[row], tree, nodes)
+                growing[row] = self.grow(tree, dict(zip(nodes, probs, strict=True)), level, generators[row])
+            if not any(growing):
+                break
+        return trees
+
+    def _probs(self, rows: Rows, text: Sequence[int], tree: DraftTree, nodes: Sequence[int]) -> Tensor:
+        return self._distribution(rows, lambda i: [*text, *(tree.tokens[n] for n in tree.path(nodes[i]))])
+
+    def _started(self, texts: Sequence[Sequence[int]]) -> Reader:
+        if self._reader is None:
+            self._reader = self._new_reader(len(texts))
+            self._reader.prefill([text[:-1] for text in texts])
+        return self._reader
+
+    def commit(self, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]) -> None:
+        if self._reader is not None and self._read:
+            self._reader.commit([read.kept(path) for read, path in zip(self._read, paths, strict=True)])
+        self._read = []
+
+    def select(self, rows: Sequence[int]) -> None:
+        if self._reader is not None:
+            self._reader.select(rows)
+
+
+class _Read:
+    """What the drafting model has read since the last commit: tokens of the text that it lagged behind, then nodes."""
+
+    def __init__(self, behind: int) -> None:
+        self._behind = behind
+        self._places: dict[int, int] = {}
+
+    def add(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            self._places[node] = self._behind + len(self._places)
+
+    def place(self, node: int) -> int:
+        """Of a node among all drafted tokens."""
+        return self._behind - 1 if node == ROOT else self._places[node]
+
+    def kept(self, path: Sequence[int]) -> list[int]:
+        """Places of the text's tokens and of those nodes of a path that were read."""
+        return [*range(self._behind), *(self._places[node] for node in path if node in self._places)]
