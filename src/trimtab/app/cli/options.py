@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from trimtab.core.files import read_user_text, refuse_occupied
 
 if TYPE_CHECKING:
     from trimtab.cache.base import CacheMethod
+    from trimtab.decoding.base import DecodingMethod
 
 Model = Annotated[
     str,
@@ -48,6 +50,67 @@ CacheSettings = Annotated[
     list[str] | None,
     typer.Option("--cache-set", metavar="OPTION=VALUE", help="An option of the cache; may be given several times."),
 ]
+
+
+Decoding = Annotated[
+    str | None,
+    typer.Option(
+        "--decoding",
+        metavar="NAME[,NAME]",
+        help="Decode by these methods, which supply different parts: see trimtab list --room decoding.",
+        show_default=False,
+    ),
+]
+DecodingSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decoding-set",
+        metavar="OPTION=VALUE[,...]",
+        help="An option of the decoding, or of one of them as NAME.OPTION=VALUE; may be given several times.",
+    ),
+]
+
+
+def read_decoding(names: str | None, pairs: Iterable[str] | None) -> list[DecodingMethod]:
+    """The methods of --decoding and --decoding-set, none without. Raises ConfigError before a model is loaded."""
+    if names is None:
+        if pairs:
+            raise ConfigError(
+                f"--decoding-set {next(iter(pairs))} is an option of a decoding; name it with --decoding."
+            )
+        return []
+    from trimtab.core.registry import method_class, method_info
+
+    chosen = split_names(names, "--decoding")
+    for name in chosen:
+        if (info := method_info(name)).room != "decoding":
+            raise ConfigError(f"'{name}' is a method of the room {info.room}; see trimtab list --room decoding.")
+    classes = {method_info(name).name: method_class(name) for name in chosen}
+    return [
+        cls.from_options(typed_settings(cls, own))  # type: ignore[attr-defined]
+        for cls, own in zip(classes.values(), _settings_of_each(classes, pairs), strict=True)
+    ]
+
+
+def _settings_of_each(names: Iterable[str], pairs: Iterable[str] | None) -> list[dict[str, str]]:
+    """For each name its settings: those that name it, and those that name none."""
+    split = [part for pair in pairs or () for part in _split_settings(pair)]
+    settings = read_settings(split, "--decoding-set")
+    names = list(names)
+    for key in settings:
+        prefix, dot, _ = key.partition(".")
+        if dot and prefix not in names:
+            raise ConfigError(f"--decoding-set {key}: --decoding names {', '.join(names)}, not '{prefix}'.")
+    shared = {key: value for key, value in settings.items() if "." not in key}
+    return [
+        shared | {k.removeprefix(f"{name}."): v for k, v in settings.items() if k.startswith(f"{name}.")}
+        for name in names
+    ]
+
+
+def _split_settings(text: str) -> list[str]:
+    """`k=4,depth=5` as its settings; a comma that no OPTION= follows is part of the value before."""
+    return re.split(r",(?=\s*[A-Za-z_][\w.-]*=)", text)
 
 
 def read_cache(name: str | None, pairs: Iterable[str] | None) -> CacheMethod | None:
