@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,33 +79,25 @@ def read_decoding(names: str | None, pairs: Iterable[str] | None) -> list[Decodi
                 f"--decoding-set {next(iter(pairs))} is an option of a decoding; name it with --decoding."
             )
         return []
+    return decoding_methods(split_names(names, "--decoding"), pairs)
+
+
+def decoding_methods(names: Sequence[str], pairs: Iterable[str] | None) -> list[DecodingMethod]:
+    """Methods of the decoding room with their settings. Raises ConfigError for what is none."""
+    from trimtab.app.comparison import check_prefixes, own_settings
     from trimtab.core.registry import method_class, method_info
 
-    chosen = split_names(names, "--decoding")
-    for name in chosen:
-        if (info := method_info(name)).room != "decoding":
-            raise ConfigError(f"'{name}' is a method of the room {info.room}; see trimtab list --room decoding.")
-    classes = {method_info(name).name: method_class(name) for name in chosen}
-    return [
-        cls.from_options(typed_settings(cls, own))  # type: ignore[attr-defined]
-        for cls, own in zip(classes.values(), _settings_of_each(classes, pairs), strict=True)
-    ]
-
-
-def _settings_of_each(names: Iterable[str], pairs: Iterable[str] | None) -> list[dict[str, str]]:
-    """For each name its settings: those that name it, and those that name none."""
-    split = [part for pair in pairs or () for part in _split_settings(pair)]
-    settings = read_settings(split, "--decoding-set")
-    names = list(names)
-    for key in settings:
-        prefix, dot, _ = key.partition(".")
-        if dot and prefix not in names:
-            raise ConfigError(f"--decoding-set {key}: --decoding names {', '.join(names)}, not '{prefix}'.")
-    shared = {key: value for key, value in settings.items() if "." not in key}
-    return [
-        shared | {k.removeprefix(f"{name}."): v for k, v in settings.items() if k.startswith(f"{name}.")}
-        for name in names
-    ]
+    infos = [method_info(name) for name in names]
+    for info in infos:
+        if info.room != "decoding":
+            raise ConfigError(f"'{info.name}' is a method of the room {info.room}; see trimtab list --room decoding.")
+    settings = read_settings([part for pair in pairs or () for part in _split_settings(pair)], "--decoding-set")
+    check_prefixes([info.name for info in infos], settings)
+    methods = []
+    for info in infos:
+        cls: Any = method_class(info.name)
+        methods.append(cls.from_options(typed_settings(cls, own_settings(cls, info.name, settings, None))))
+    return methods
 
 
 def _split_settings(text: str) -> list[str]:
