@@ -179,11 +179,18 @@ def weights_peers_table(document: Document, _: str | None) -> str:
     for entry in entries:
         ran = "prose" in entry
         kl = text.interval(Interval.of(entry["prose"]["kl_nats_per_token"])) if ran else str(entry["error"])
-        rows.append([str(entry["bits"]), entry["system"], kl, text.seconds(entry["seconds"]) if ran else text.NOTHING])
+        stored = f"{entry['bits_per_weight']:.2f}" if ran else text.NOTHING
+        taken = text.seconds(entry["seconds"]) if ran else text.NOTHING
+        rows.append([str(entry["bits"]), entry["system"], stored, kl, taken])
     note = (
-        "Groups of 64, KL to the original in nats per token on held-out prose, 95 % intervals; one process, both cores."
+        "Codes in groups of 64 and the same text for all; KL to the original in nats per token on held-out prose, 95 % "
+        "intervals; one core each."
     )
-    return f"{markdown(['bits', 'system', 'KL', 'time'], rows)}\n\n{source_line(document, note)}" if rows else ""
+    return (
+        f"{markdown(['bits', 'system', 'bits per weight', 'KL', 'time'], rows)}\n\n{source_line(document, note)}"
+        if rows
+        else ""
+    )
 
 
 def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> str:
@@ -191,7 +198,7 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> 
     if not found:
         return text.NOTHING
     mean = text.number(sum(found) / len(found))
-    return mean if len(found) == 1 else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
+    return mean if min(found) == max(found) else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
 
 
 def kv_decode_table(document: Document, _: str | None) -> str:
