@@ -1,4 +1,4 @@
-"""What is decoded follows the distribution that it should, for every draft, rule and transform; and broken ones do not."""
+"""What is decoded follows the distribution that it should, for every draft, rule and transform; broken variants do not."""
 
 from __future__ import annotations
 
