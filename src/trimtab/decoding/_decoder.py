@@ -126,6 +126,10 @@ class Decoder:
 
     @property
     def _positions(self) -> int | None:
+        """How long a text may be; None: without end, as with a cache that forgets, whose positions do not grow."""
+        layers = self.new_cache(self.model).plan.layers
+        if all(group.positions == "cache" for groups in layers for group in groups):
+            return None
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def check_length(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
