@@ -142,7 +142,7 @@ def _beam_test(proposer: Proposer, count: int) -> float:
 
 
 def test_beams_are_draws_without_replacement_of_whole_sequences() -> None:
-    assert _beam_test(StochasticBeam(reader, PLAIN, 2, 2), 8_000) > 1e-4
+    assert _beam_test(StochasticBeam(reader, PLAIN, 2, 2), 4_000) > 1e-4
 
 
 def test_beams_without_conditioned_noise_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_beams_without_conditioned_noise_are_not(monkeypatch: pytest.MonkeyPatch
     from trimtab.decoding._proposers import gumbel as module
 
     monkeypatch.setattr(module, "conditioned", lambda perturbed, wanted: perturbed)
-    assert _beam_test(StochasticBeam(reader, PLAIN, 2, 2), 8_000) < 1e-4
+    assert _beam_test(StochasticBeam(reader, PLAIN, 2, 2), 4_000) < 1e-4
 
 
 @pytest.mark.parametrize(

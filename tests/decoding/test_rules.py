@@ -85,7 +85,7 @@ def test_recursive_rejection_with_all_tokens_never_falls_through() -> None:
 
 @pytest.mark.parametrize("drafts", [2, 3, 8])
 def test_k_seq_is_valid_at_its_factor_and_not_below(drafts: int) -> None:
-    """What is left of the target is no distribution for smaller factors, and the share that is accepted is guaranteed."""
+    """With smaller factors what is left of the target is no distribution; the share that is accepted is guaranteed."""
     for seed in range(100):
         p, q = pair(seed)
         found = division(p, q, drafts)
@@ -168,13 +168,13 @@ def test_nothing_impossible_is_accepted() -> None:
     for rule in (TokenRule(), BlockRule(), KSeqRule()):
         for seed in range(50):
             walk = rule.walk(chain([0, 1], draft), target, torch.Generator().manual_seed(seed))
-            assert walk.path == () and walk.next_token in (2, 3)
+            assert (walk.path, walk.next_token) in (((), 2), ((), 3))
     tree = DraftTree("gumbel_swor", draft_probs={ROOT: draft[0]})
     tree.add(1, ROOT)
     tree.add(0, ROOT, rank=1)
     for seed in range(50):
         walk = RecursiveRule().walk(tree, target, torch.Generator().manual_seed(seed))
-        assert walk.path == () and walk.next_token in (2, 3)
+        assert (walk.path, walk.next_token) in (((), 2), ((), 3))
 
 
 def test_blocks_are_accepted_for_longer_than_tokens() -> None:
