@@ -229,8 +229,8 @@ def acceptance_table(document: Document, method: str | None) -> str:
     columns = ["method", "sequences", *(f"depth {depth}" for depth in depths)]
     note = (
         f"Tokens per forward pass of {document['target']} with {document['draft']} as its draft, and tokens that it "
-        f"reads in one; {document['texts']} beginnings of held-out prose, {document['new_tokens']} new tokens each, temperature "
-        f"{document['temperature']:g}. Brackets hold 95 % intervals."
+        f"reads in one; {document['texts']} beginnings of held-out prose, {document['new_tokens']} new tokens each, "
+        f"temperature {document['temperature']:g}. Brackets hold 95 % intervals."
     )
     return f"{markdown(columns, rows)}\n\n{source_line(document, note)}" if rows else ""
 
