@@ -67,25 +67,20 @@ def test_greedy_decoding_is_plain_greedy_decoding(family: str) -> None:
 def test_caches_hold_what_a_fresh_prefill_would(
     case: Case, llama: PreTrainedModel, llama_draft: PreTrainedModel
 ) -> None:
-    sampling = Sampling(temperature=1.0, max_new_tokens=70, seed=3)
+    """Of those rows that were written last; the others have left by then."""
+    starts, sampling = prompts(4, 1, 9), Sampling(temperature=1.0, max_new_tokens=70, seed=3)
     loop, readers = loop_of(case.method(), llama, llama_draft, 3, sampling)
-    done = loop.run(prompts(4, 1, 9), sampling)
+    done = loop.run(starts, sampling)
     assert done.ledger.target_forwards >= 20
+    wholes = [start + tokens for start, tokens in zip(starts, done.tokens, strict=True)]
     for reader in readers:
-        (text,) = reader.texts  # of the row that was written last
-        fresh = ModelReader(reader.model, 1, exact_cache)
-        fresh.prefill([text])
-        assert len(text) > 40
-        for found, wanted in zip(held(reader.cache), held(fresh.cache), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    whole = [*prompts(4, 1, 9)[_last(done.tokens, readers[0])], *done.tokens[_last(done.tokens, readers[0])]]
-    assert readers[0].texts[0] == whole[: len(readers[0].texts[0])]
-
-
-def _last(tokens: list[list[int]], reader: ModelReader) -> int:
-    """Which row the reader still holds."""
-    starts = prompts(4, 1, 9)
-    return next(row for row, start in enumerate(starts) if reader.texts[0][: len(start) + 3] == start + tokens[row][:3])
+        for row, text in enumerate(reader.texts):
+            fresh = ModelReader(reader.model, 1, exact_cache)
+            fresh.prefill([text])
+            assert len(text) > 40
+            assert any(whole[: len(text)] == text for whole in wholes)
+            for found, wanted in zip(held(reader.cache, row), held(fresh.cache), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @each

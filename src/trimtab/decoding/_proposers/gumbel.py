@@ -34,7 +34,7 @@ class ConstantBranching(ModelProposer):
         new = []
         for node, probs in leaves.items():
             tree.draft_probs[node] = probs
-            log_probs = probs.double().log()
+            log_probs = probs.cpu().double().log()
             tokens, _ = largest(log_probs + gumbel(log_probs.shape, generator), self._branching[level])
             new += [tree.add(token, node, rank=rank) for rank, token in enumerate(tokens)]
         return new
@@ -59,7 +59,7 @@ class StochasticBeam(ModelProposer):
         nodes, probs = list(leaves), torch.stack(list(leaves.values()))
         before = torch.tensor([_log_probability(tree, node) for node in nodes], dtype=torch.float64)
         own = torch.tensor([tree.values.get(node, 0.0) for node in nodes], dtype=torch.float64)
-        log_probs = before[:, None] + probs.double().log().cpu()
+        log_probs = before[:, None] + probs.cpu().double().log()
         perturbed = conditioned(log_probs + gumbel(log_probs.shape, generator), own)
         places, values = largest(perturbed.flatten(), self._width)
         new, siblings = [], dict.fromkeys(nodes, 0)
