@@ -59,12 +59,11 @@ class Warp:
 
 
 def _penalised(logits: Tensor, prefixes: Prefixes, penalty: float) -> Tensor:
-    logits = logits.clone()
-    for row in range(len(logits)):
-        seen = torch.tensor(sorted(set(prefixes(row))), dtype=torch.long, device=logits.device)
-        own = logits[row, seen]
-        logits[row, seen] = torch.where(own > 0, own / penalty, own * penalty)
-    return logits
+    seen = [set(prefixes(row)) for row in range(len(logits))]
+    rows = torch.tensor([row for row, own in enumerate(seen) for _ in own], dtype=torch.long, device=logits.device)
+    tokens = torch.tensor([token for own in seen for token in own], dtype=torch.long, device=logits.device)
+    found = logits[rows, tokens]
+    return logits.index_put((rows, tokens), torch.where(found > 0, found / penalty, found * penalty))
 
 
 def _only_best(logits: Tensor) -> Tensor:
@@ -98,3 +97,9 @@ class Distribution:
         for transform in self.transforms:
             logits = transform(logits, rows, prefixes)
         return probabilities(logits)
+
+    def of_each(self, rows: Sequence[Rows], prefixes: Callable[[int, int], Sequence[int]]) -> list[Tensor]:
+        """The same for the rows of several texts, in one go. prefixes: (text, row) -> tokens."""
+        places = [(text, row) for text, own in enumerate(rows) for row in range(len(own))]
+        probs = self(Rows.joined(rows), lambda i: prefixes(*places[i]))
+        return list(torch.split(probs, [len(own) for own in rows]))

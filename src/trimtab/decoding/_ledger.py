@@ -71,8 +71,8 @@ class DecodingLedger:
         self.plain_rounds += not len(tree)
         self.nodes_scored += 1 + len(tree)
         self.committed += committed
-        for node in range(len(tree)):
-            _count(self.drafted_by_depth, tree.depth(node) - 1)
+        for depth in tree.depths():
+            _count(self.drafted_by_depth, depth - 1)
         for depth, node in enumerate(path):
             _count(self.accepted_by_depth, depth)
             _count(self.accepted_by_rank, tree.ranks[node])

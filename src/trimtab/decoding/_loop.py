@@ -14,8 +14,8 @@ from trimtab.decoding._controller import Controller
 from trimtab.decoding._distribution import Distribution
 from trimtab.decoding._ledger import DecodingLedger
 from trimtab.decoding._proposers.base import Proposer
-from trimtab.decoding._reader import Reader, Rows
-from trimtab.decoding._rules.base import AcceptanceRule, Walk
+from trimtab.decoding._reader import Reader
+from trimtab.decoding._rules.base import AcceptanceRule
 from trimtab.decoding._sampling import Sampling, cut_at
 from trimtab.decoding._tree import ROOT, DraftTree, Law
 
@@ -131,7 +131,10 @@ class Loop:
                 [[ROOT, *(parent + 1 for parent in tree.parents)] for tree in trees],
             )
         with ledger.phase("accept"):
-            walks = [self._walk(*each) for each in zip(live, trees, rows, strict=True)]
+            probs = self._distribution.of_each(rows, lambda text, row: trees[text].prefix(tokens[text], row - 1))
+            walks = [
+                self._rule.walk(tree, own, text.generator) for tree, own, text in zip(trees, probs, live, strict=True)
+            ]
         with ledger.phase("commit"):
             self._target.commit([[0, *(node + 1 for node in walk.path)] for walk in walks])
             self._proposer.commit(trees, [walk.path for walk in walks])
@@ -141,11 +144,6 @@ class Loop:
                 new.append(ends.append(text, found))
                 ledger.note_round(tree, walk.path, len(new[-1]))
         return new
-
-    def _walk(self, text: _Text, tree: DraftTree, rows: Rows) -> Walk:
-        nodes = list(tree.nodes())
-        probs = self._distribution(rows, lambda i: [*text.tokens, *(tree.tokens[n] for n in tree.path(nodes[i]))])
-        return self._rule.walk(tree, probs, text.generator)
 
 
 _NO_DRAFT = NoDraft()

@@ -28,6 +28,33 @@ class Rows:
     early: Mapping[int, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def split(self, lengths: Sequence[int]) -> list[Rows]:
+        """So many rows each: the inverse of `joined`."""
+        logits = torch.split(self.logits, list(lengths))
+        early = {layer: torch.split(rows, list(lengths)) for layer, rows in self.early.items()}
+        others = {name: torch.split(rows, list(lengths)) for name, rows in self.others.items()}
+        return [
+            Rows(
+                own, {layer: rows[i] for layer, rows in early.items()}, {name: rows[i] for name, rows in others.items()}
+            )
+            for i, own in enumerate(logits)
+        ]
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """One after the other; all have the same layers and other models."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        return Rows(
+            torch.cat([part.logits for part in parts]),
+            {layer: torch.cat([part.early[layer] for part in parts]) for layer in first.early},
+            {name: torch.cat([part.others[name] for part in parts]) for name in first.others},
+        )
+
 
 class Reader(Protocol):
     """A model that has read a batch of texts and may read drafts after them.

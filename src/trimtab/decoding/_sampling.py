@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +62,10 @@ class Sampling:
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:
-    """One token of [V], which need not sum to one."""
-    return int(torch.multinomial(probs, 1, generator=generator))
+    """One token of [V], which need not sum to one; one of probability zero is never drawn."""
+    cumulative = probs.cpu().numpy().cumsum(dtype=np.float64)
+    total = float(cumulative[-1])
+    return int(cumulative.searchsorted(min(uniform(generator) * total, math.nextafter(total, 0.0)), side="right"))
 
 
 def uniform(generator: torch.Generator) -> float:

@@ -1,0 +1,75 @@
+"""One line per drafting method and set of options; the suite of test_drafting.py runs every check on every line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab.core.registry import method_class
+from trimtab.decoding.base import DecodingMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method with small drafts. `bad`: options that it refuses, each with a part of the message."""
+
+    name: str
+    options: dict[str, Any]
+    bad: tuple[tuple[dict[str, Any], str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{name}={value}" for name, value in self.options.items())])
+
+    def method(self, **more: Any) -> DecodingMethod:
+        found = method_class(self.name)(**{**self.options, **more})
+        assert isinstance(found, DecodingMethod)
+        return found
+
+
+CASES = [
+    Case(
+        name="speculative",
+        options={"depth": 3},
+        bad=(
+            ({"depth": 0}, "depth=0"),
+            ({"draft_temperature": -0.5}, "draft_temperature=-0.5"),
+            ({"stop_below": 1.5}, "stop_below=1.5 is no probability"),
+            ({"rule": "typcal"}, "rule='typcal'"),
+            ({"draft": "ngram", "rule": "block"}, "names tokens and draws none"),
+            ({"draft": "ngram", "stop_below": 0.4}, "stop_below do not apply"),
+            ({"draft": "ngram", "ngram": 0}, "ngram=0"),
+        ),
+    ),
+    Case(name="speculative", options={"depth": 4, "rule": "block"}),
+    Case(name="speculative", options={"depth": 4, "stop_below": 0.3}),
+    Case(name="speculative", options={"depth": 3, "draft": "ngram"}),
+    Case(
+        name="spectr",
+        options={"k": 3, "depth": 3},
+        bad=(
+            ({"k": 0}, "k=0; it must be at least 1"),
+            ({"depth": -1}, "depth=-1"),
+            ({"draft_temperature": 0.0}, "at 0 all sequences are the same"),
+        ),
+    ),
+    Case(
+        name="rsd_c",
+        options={"branching": (3, 2, 1)},
+        bad=(
+            ({"branching": ()}, r"branching=\(\); it must be at least 1"),
+            ({"branching": (2, 0)}, r"branching=\(2, 0\)"),
+            ({"draft_temperature": 0.0}, "draft_temperature=0.0"),
+        ),
+    ),
+    Case(
+        name="rsd_s",
+        options={"width": 3, "depth": 3},
+        bad=(
+            ({"width": 0}, "width=0; it must be at least 1"),
+            ({"depth": 0}, "depth=0"),
+            ({"draft_temperature": -1.0}, "draft_temperature=-1.0"),
+        ),
+    ),
+]
+FIRST = list({case.name: case for case in reversed(CASES)}.values())
+"""One for each method."""
