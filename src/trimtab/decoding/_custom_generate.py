@@ -29,7 +29,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from trimtab.core.errors import CompositionError
 from trimtab.decoding._decoder import Decoder
 from trimtab.decoding._distribution import Prefixes
-from trimtab.decoding._reader import Rows
+from trimtab.decoding._reader import Exit, Rows
 from trimtab.decoding._sampling import Sampling
 from trimtab.decoding.base import DecodingMethod
 
@@ -47,7 +47,7 @@ _SEEDS = 2**31
 class Processors:
     """Logits processors of transformers as a transform: each row with its own prefix, drafted tokens included."""
 
-    early_layers: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = ()
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         self._processors = processors

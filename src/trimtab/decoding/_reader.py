@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from transformers import PreTrainedModel
 from trimtab.core.errors import DataError
 from trimtab.decoding._tree import ROOT
 from trimtab.models.segments import SegmentCache
+from trimtab.models.views import ModelView
+
+
+class Exit(NamedTuple):
+    """Where a model answers early: what leaves a block is put through the output head.
+
+    block        1: the first; 0: the embeddings
+    normalised   through the final norm before
+    """
+
+    block: int
+    normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,12 +32,12 @@ class Rows:
     """What a model says after each of n tokens of one text.
 
     logits   [n, V] float32
-    early    layer -> [n, V] float32, the head's answer to what leaves this block, where it was asked for
+    early    exit -> [n, V] float32, the head's answer there, where it was asked for
     others   name -> [n, V] float32, the logits of other models that read the same, where there are any
     """
 
     logits: Tensor
-    early: Mapping[int, Tensor] = field(default_factory=dict)
+    early: Mapping[Exit, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -65,7 +77,7 @@ class Reader(Protocol):
 class ModelReader:
     """A transformers model as a Reader. Its cache is transactional, so any method of the cache room will do.
 
-    early_layers   blocks (1: the first) whose outputs are put through the head as well, without the final norm
+    exits   where the model answers early as well; the head alone, without what a family does to its final logits
 
     Raises DataError for a token after the last position that the model has.
     """
@@ -75,11 +87,11 @@ class ModelReader:
         model: PreTrainedModel,
         rows: int,
         new_cache: Callable[[PreTrainedModel], SegmentCache],
-        early_layers: Sequence[int] = (),
+        exits: Sequence[Exit] = (),
     ) -> None:
         self.model = model
         self.cache = new_cache(model)
-        self.early_layers = tuple(early_layers)
+        self.exits = tuple(exits)
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.forwards = 0
@@ -129,23 +141,24 @@ class ModelReader:
                 position_ids=positions.to(device),
                 past_key_values=self.cache,
                 use_cache=True,
-                output_hidden_states=bool(self.early_layers),
+                output_hidden_states=bool(self.exits),
             )
             early = self._early(output.hidden_states)
         self.forwards += 1
         logits = output.logits.float()
         return [
-            Rows(logits[row, : len(own)], {layer: found[row, : len(own)] for layer, found in early.items()})
+            Rows(logits[row, : len(own)], {place: found[row, : len(own)] for place, found in early.items()})
             for row, own in enumerate(tokens)
         ]
 
-    def _early(self, hidden: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Layer -> logits [R, T, V]: one product with the head for all layers, which reads its weights once."""
-        if not self.early_layers:
+    def _early(self, hidden: Sequence[Tensor]) -> dict[Exit, Tensor]:
+        """Exit -> logits [R, T, V]: one product with the head for all exits, which reads its weights once."""
+        if not self.exits:
             return {}
+        norm = ModelView.of(self.model).final_norm
+        asked = torch.stack([norm(hidden[e.block]) if e.normalised else hidden[e.block] for e in self.exits])
         head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        found = head(torch.stack([hidden[layer] for layer in self.early_layers])).float()
-        return dict(zip(self.early_layers, found.unbind(0), strict=True))
+        return dict(zip(self.exits, head(asked).float().unbind(0), strict=True))
 
     def _mask(self, held: int, width: int) -> Tensor | None:
         """bool [R, 1, width, held + drafted columns]; None where every token sees all before it."""

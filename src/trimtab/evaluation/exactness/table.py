@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import DataError
-from trimtab.decoding._reader import Rows
+from trimtab.decoding._reader import Exit, Rows
 from trimtab.decoding._tree import ROOT
 
 VOCABULARY = 5
@@ -19,26 +19,26 @@ CONCENTRATION = 0.7
 class TableModel:
     """Log-probabilities of the next token after each text of at most `depth` new tokens; what came before is ignored.
 
-    early   layers that answer too, each from a table of its own
+    early   exits that answer too, each from a table of its own
 
     Beyond `depth` the tables start again, so that texts may be as long as one likes.
     """
 
-    def __init__(self, seed: int, *, depth: int = 3, vocabulary: int = VOCABULARY, early: Sequence[int] = ()) -> None:
+    def __init__(self, seed: int, *, depth: int = 3, vocabulary: int = VOCABULARY, early: Sequence[Exit] = ()) -> None:
         self.depth = depth
         self.vocabulary = vocabulary
         random = np.random.default_rng(seed)
         sizes = [vocabulary**level for level in range(depth)]
-        self._tables = {layer: [_conditionals(random, size, vocabulary) for size in sizes] for layer in (None, *early)}
+        self._tables = [_conditionals(random, size, vocabulary) for size in sizes]
+        self._early = {place: [_conditionals(random, size, vocabulary) for size in sizes] for place in early}
 
     def rows(self, new: Sequence[Sequence[int]]) -> Rows:
         """After each of these sequences of new tokens."""
-        found = {
-            layer: torch.stack([tables[len(own) % self.depth][self._index(own)] for own in new])
-            for layer, tables in self._tables.items()
-        }
-        logits = found.pop(None)
-        return Rows(logits, {layer: rows for layer, rows in found.items() if layer is not None})
+        early = {place: self._look_up(tables, new) for place, tables in self._early.items()}
+        return Rows(self._look_up(self._tables, new), early)
+
+    def _look_up(self, tables: Sequence[Tensor], new: Sequence[Sequence[int]]) -> Tensor:
+        return torch.stack([tables[len(own) % self.depth][self._index(own)] for own in new])
 
     def _index(self, own: Sequence[int]) -> int:
         index = 0

@@ -1,0 +1,87 @@
+"""The contrast of a model's last layer with an early one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.core.errors import ConfigError
+from trimtab.decoding._distribution import Prefixes
+from trimtab.decoding._reader import Exit, Rows
+
+Bucket = Literal["low", "high"]
+Divergence = Literal["true", "official"]
+_DEEP = 40
+_BUCKET = 20
+
+
+class DolaTransform:
+    """log q_N - log q_M for tokens that the last layer N finds plausible, -inf for all others.
+
+    M is, for each row on its own, the exit whose distribution is farthest from the last layer's: of equals the
+    earliest. With one exit nothing is chosen.
+
+    exits          the candidates
+    relative_top   plausible is a token with at least this share of the likeliest one's probability; 0: all are
+    divergence     "true": Jensen-Shannon; "official": what the authors' code computes, where each distribution and
+                   their mean have changed places
+    """
+
+    def __init__(self, exits: Sequence[Exit], relative_top: float = 0.1, divergence: Divergence = "true") -> None:
+        self.exits = tuple(sorted(set(exits)))
+        self.relative_top = relative_top
+        self.divergence = divergence
+
+    def __call__(self, logits: Tensor, rows: Rows, prefixes: Prefixes) -> Tensor:
+        mature = torch.log_softmax(logits, dim=-1)
+        early = torch.log_softmax(torch.stack([rows.early[place] for place in self.exits]), dim=-1)  # [J, n, V]
+        if len(self.exits) == 1:
+            premature = early[0]
+        else:
+            farthest = distances(mature, early, self.divergence).argmax(dim=0)
+            premature = early[farthest, torch.arange(len(mature), device=mature.device)]
+        contrast = mature - premature
+        if self.relative_top == 0:
+            return contrast
+        limit = mature.max(dim=-1, keepdim=True).values + math.log(self.relative_top)
+        return contrast.masked_fill(mature < limit, -torch.inf)
+
+
+def distances(mature: Tensor, early: Tensor, divergence: Divergence) -> Tensor:
+    """[J, n] between log-probabilities mature [n, V] and early [J, n, V], in nats."""
+    last, first = mature.exp(), early.exp()
+    mean = (last + first) / 2
+    if divergence == "true":
+        return _entropy(mean) - (_entropy(last) + _entropy(first)) / 2
+    return (mean * (mean.log() - (mature + early) / 2)).nan_to_num(nan=0.0).sum(-1)
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    entropy: Tensor = torch.special.entr(probs).sum(-1)
+    return entropy
+
+
+def bucket(name: Bucket, blocks: int, *, tied: bool) -> tuple[int, ...]:
+    """Candidate blocks for a model of so many, as transformers chooses them.
+
+    Every second block of the lower or the upper half; of models with more than 40 blocks, of the lowest or the highest
+    20. Tied embeddings begin with block 2 (block 1 of two): there the embeddings answer with the token that was read.
+
+    Raises ConfigError where nothing is left.
+    """
+    start = 0 if not tied or blocks < 2 else 1 if blocks == 2 else 2
+    if name == "high":
+        found = range(blocks // 2 if blocks <= _DEEP else blocks - _BUCKET, blocks, 2)
+    elif start == blocks // 2:
+        found = range(start, start + 1)
+    else:
+        found = range(start, blocks // 2 if blocks <= _DEEP else _BUCKET, 2)
+    if not found:
+        raise ConfigError(
+            f"layers '{name}' are none of a model with {blocks} blocks and tied embeddings; name them, as layers=1."
+        )
+    return tuple(found)
