@@ -258,6 +258,7 @@ def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_of_decoding_with_a_long_context(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.evaluation.beside import run as shared_run
     from trimtab.evaluation.kv_decode import _run
 
     figures = {
@@ -270,13 +271,11 @@ def test_bench_of_decoding_with_a_long_context(cli: Cli, monkeypatch: pytest.Mon
     }
     monkeypatch.setattr("trimtab.kernels.bandwidth._BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr(
-        _run,
+        shared_run,
         "measure_system",
         lambda system, *_: {"error": "it broke"} if system.library == "llama.cpp" else dict(figures),
     )
-    monkeypatch.setattr(
-        "trimtab.evaluation.kv_decode.systems._is_installed", lambda module: module not in ("hqq", "kvpress")
-    )
+    monkeypatch.setattr("trimtab.evaluation.beside.base._is_installed", lambda module: module not in ("hqq", "kvpress"))
     monkeypatch.setattr(_run, "make_model", lambda *_, **__: None)
     command = ("bench", "kv-decode", "--context", "128", "--systems", "transformers,kvpress,llama.cpp/f16")
     told = cli(*command, "--json")

@@ -1,4 +1,4 @@
-"""`trimtab bench kv-decode`: what is measured, how a run survives a system that fails, and the file for llama.cpp."""
+"""`trimtab bench kv-decode`: what is measured, and how a run survives a system that fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trimtab.core.errors import ConfigError, NumericsError
-from trimtab.evaluation.kv_decode import Setting, _run, choose, gguf_export, measure, torch_sessions
-from trimtab.evaluation.kv_decode.systems import CACHES, System
-from trimtab.models import random_model
+from trimtab.evaluation.beside import run as shared_run
+from trimtab.evaluation.beside.base import System
+from trimtab.evaluation.kv_decode import Setting, _run, choose, measure, torch_sessions
+from trimtab.evaluation.kv_decode.systems import CACHES
 
 TINY: dict[str, int] = {"layers": 2, "hidden": 64, "query_heads": 4, "kv_heads": 2, "head_dim": 32, "mlp": 96}
 SETTING = Setting(context=192, steps=4, vocabulary=131, **TINY)
@@ -112,7 +111,7 @@ def test_bytes_count_each_storage_once_and_whole() -> None:
 
 
 def test_a_run_lists_what_is_absent_and_what_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "read_bandwidth_gbps", lambda threads: 10.0)
+    monkeypatch.setattr(shared_run, "read_bandwidth_gbps", lambda threads: 10.0)
     systems = [
         System("other/absent", "torch_sessions:open_dynamic", needs={"no_such_module.part": "no-such-package"}),
         System("other/broken", "no_such_session:open_it"),
@@ -135,7 +134,7 @@ def test_a_killed_system_is_an_error_with_the_signal(tmp_path: Path, monkeypatch
     script.write_text("#!/bin/sh\necho last words >&2\nkill -SEGV $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    figures = _run.measure_system(choose(["transformers"])[0], tmp_path, SETTING, 1)
+    figures = shared_run.measure_system(choose(["transformers"])[0], tmp_path, SETTING, 1)
     assert "SIGSEGV" in figures["error"]
     assert "last words" in figures["error"]
 
@@ -228,27 +227,3 @@ def test_unknown_systems_are_refused(systems: list[str] | None, caches: list[str
 def test_settings_that_cannot_be_measured(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Setting(**options)
-
-
-@given(heads=st.integers(1, 3), half=st.integers(1, 4), seed=st.integers(0, 99))
-def test_rows_are_ordered_for_rotation_of_neighbours(heads: int, half: int, seed: int) -> None:
-    """Rotating (2 j, 2 j + 1) of what the reordered weights give is rotating (j, j + half) and reordering."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(heads * 2 * half, 5, generator=generator)
-    angle = torch.rand(half, generator=generator)
-    x = torch.randn(5, generator=generator)
-    first, second = (weight @ x).view(heads, 2, half).unbind(1)
-    rotated = torch.stack([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
-    even, odd = (gguf_export._interleave(weight, heads) @ x).view(heads, half, 2).unbind(-1)
-    found = torch.stack([even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], -1)
-    torch.testing.assert_close(found, rotated)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_only_plain_llama_models_are_written_as_gguf(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", torch)  # never reached
-    with pytest.raises(ConfigError, match=family):
-        gguf_export.export_gguf(random_model(family), tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab.evaluation.kv_decode import Setting, _run, choose, gguf_export
+from trimtab.evaluation.kv_decode import Setting, _run, choose
 from trimtab.evaluation.kv_decode.llama_cpp_session import GGUF_FILE, LlamaCppSession
 from trimtab.models import random_model
+from trimtab.models.exports.base import Source
+from trimtab.models.exports.gguf import Gguf
 
 pytestmark = pytest.mark.peers
 
@@ -30,10 +32,11 @@ def test_exported_model_gives_the_same_logits(weight_type: str, bound: float, ti
     """After reading a prompt. llama.cpp's attention to single queries adds up in float16, so steps are further away."""
     pytest.importorskip("llama_cpp")
     model = random_model("llama", 3, tie_word_embeddings=tied, **SIZES)
-    gguf_export.export_gguf(model, tmp_path / GGUF_FILE, weight_type)
+    file = tmp_path / GGUF_FILE
+    Gguf.from_options({"dense": weight_type, "tokenizer": "none"}).write(Source.of(model), file, file)
     setting = Setting(context=200, steps=3, vocabulary=300, seed=5)
     tokens = setting.tokens()
-    session = LlamaCppSession(tmp_path / GGUF_FILE, setting, "f16")
+    session = LlamaCppSession(file, setting, "f16")
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([tokens])).logits[0]
     session.prefill(tokens[:-3])

@@ -13,13 +13,12 @@ from torch import nn
 
 from trimtab.core.errors import ConfigError, NumericsError
 from trimtab.evaluation import compress_time, linear_speed, weight_decode
-from trimtab.evaluation.compress_time import _run as compress_run
+from trimtab.evaluation.beside import run as shared_run
+from trimtab.evaluation.beside.base import System
 from trimtab.evaluation.compress_time import measure as compress_measure
 from trimtab.evaluation.compress_time import sessions
-from trimtab.evaluation.kv_decode import _run as shared_run
+from trimtab.evaluation.kv_decode._run import make_model
 from trimtab.evaluation.kv_decode.measure import PARITY_BOUND
-from trimtab.evaluation.kv_decode.systems import System
-from trimtab.evaluation.linear_speed import _run as linear_run
 from trimtab.evaluation.linear_speed import makers
 from trimtab.evaluation.linear_speed import measure as linear_measure
 from trimtab.evaluation.weight_decode import _run, measure, quantizing, trimtab_session
@@ -36,7 +35,7 @@ GRID: dict[str, Any] = {"method": "rtn", "settings": {"bits": 4, "group_size": 6
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("decode") / "model"
-    shared_run.make_model(directory, SETTING, gguf=False)
+    make_model(directory, SETTING, gguf=False)
     return directory
 
 
@@ -201,9 +200,9 @@ def test_single_layers_are_compared_before_they_are_timed(monkeypatch: pytest.Mo
 
 def test_a_run_of_single_layers_has_one_entry_per_product(monkeypatch: pytest.MonkeyPatch) -> None:
     products = [{"shape": [8, 4], "rows": 1, "weight_bytes": 4_000_000, "decode_ms_median": 2.0}] * 2
-    monkeypatch.setattr(linear_run, "read_bandwidth_gbps", lambda threads: 10.0)
+    monkeypatch.setattr(shared_run, "read_bandwidth_gbps", lambda threads: 10.0)
     monkeypatch.setattr(
-        linear_run,
+        shared_run,
         "measure_system",
         lambda system, *_: {"error": "it broke"} if system.library == "torch" else {"products": products},
     )
@@ -246,7 +245,8 @@ def test_a_run_of_compressing_gives_all_systems_the_same_data(monkeypatch: pytes
         seen.append((system.name, (folder / sessions.TOKENS_FILE).read_bytes()))
         return {"compress_s": 1.0}
 
-    monkeypatch.setattr(compress_run, "measure_system", measured)
+    monkeypatch.setattr(shared_run, "read_bandwidth_gbps", lambda threads: 10.0)
+    monkeypatch.setattr(shared_run, "measure_system", measured)
     setting = compress_time.Setting(model="ref", sequences=2, length=64)
     entries = compress_time.run(compress_time.choose(["trimtab"]), setting, threads=1)
     assert [name for name, _ in seen] == ["trimtab/gptq-4", "trimtab/loftq-4"]

@@ -1,4 +1,4 @@
-"""Weights on a grid, made of codes, for the tests of the kernels."""
+"""Weights on a grid, made of codes, and instruction sets, for the tests of the kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimtab.kernels import library
 from trimtab.kernels.grid_matmul import GridWeight
 from trimtab.kernels.packing import pack
+
+HERE = library.machine_isas() if library.absent() is None else ()
+needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 
 KINDS = ("symmetric", "zeros", "fractional", "levels", "row_levels")
 """What codes mean: less 2^(bits-1); less whole or fractional zero points; indices of levels of all rows or per row."""
@@ -74,3 +78,12 @@ def relative_rms(found: Tensor, expected: Tensor) -> float:
 def no_choice_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRIMTAB_KERNELS", "TRIMTAB_ISA"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=library.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this machine has, in force while the test runs."""
+    if request.param not in HERE:
+        pytest.skip(f"this machine has {', '.join(HERE) or 'no native kernels'}")
+    monkeypatch.setenv(library.ISA_VARIABLE, request.param)
+    return str(request.param)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,25 +15,13 @@ from trimtab.kernels.codebook_matmul import bench as codebook_bench
 from trimtab.kernels.codebook_matmul import codebook_matmul, native
 from trimtab.kernels.codebook_matmul.reference import codebook_matmul_reference, dequantize
 
-from .conftest import inputs, relative_rms
+from .conftest import inputs, needs_native, relative_rms
 from .guarded import run_guarded
+from .interpreted import needs_triton, run_interpreted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HERE = library.machine_isas() if library.absent() is None else ()
-needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 # g, M, B
 KINDS = [(4, 1, 8), (4, 3, 5), (8, 1, 8), (8, 2, 8), (8, 1, 12), (8, 2, 16), (16, 1, 8), (16, 4, 9), (4, 1, 16)]
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", request.param)
-    return str(request.param)
-
-
-every_isa = pytest.mark.parametrize("isa", library.ISAS, indirect=True)
 
 
 def weight(
@@ -73,7 +57,6 @@ def test_reference_is_the_definition(g: int, books: int, code_bits: int) -> None
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize(("g", "books", "code_bits"), KINDS)
 def test_native_parity(isa: str, g: int, books: int, code_bits: int) -> None:
     for out, groups in ((1, 1), (13, 5), (19, 33)):
@@ -89,7 +72,6 @@ def test_native_parity(isa: str, g: int, books: int, code_bits: int) -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize(("g", "books", "code_bits"), [(8, 1, 8), (4, 2, 10), (16, 1, 8)])
 def test_a_row_depends_on_neither_batch_nor_threads(isa: str, g: int, books: int, code_bits: int) -> None:
     arguments = weight(517, 40, g, books, code_bits)
@@ -107,7 +89,6 @@ def test_a_row_depends_on_neither_batch_nor_threads(isa: str, g: int, books: int
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_shows(isa: str, bad: float) -> None:
     arguments = weight(9, 6, 8, 2, 8)
@@ -163,9 +144,8 @@ for at_end in (True, False):
     run_guarded(code, isa)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_triton_parity_under_its_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET once."""
     code = """
 import torch
 from kernels.conftest import inputs, relative_rms
@@ -180,11 +160,7 @@ for number, (g, books, bits) in enumerate(KINDS):
     error = relative_rms(found, x.double() @ dequantize(*arguments).double().T)
     assert error <= RMS_BOUND[x.dtype], (g, books, bits, error)
 """
-    tests = os.path.dirname(os.path.dirname(__file__))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRIMTAB_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(code)
 
 
 # Dispatch

@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from trimtab.core.errors import ConfigError
-from trimtab.kernels import library
 from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.grid_matmul import grid_matmul, grid_matmul_many
 from trimtab.kernels.grid_matmul.prepared import MAX_ROWS, PreparedGrids
 
-from .conftest import Grid, inputs, make_grid, relative_rms
+from .conftest import Grid, inputs, make_grid, needs_native, relative_rms
 
-HERE = library.machine_isas() if library.absent() is None else ()
-needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 # query, key and value of grouped heads; and weights that share no layout
 ALIKE = [(64, 4, 32, "zeros"), (16, 4, 32, "zeros"), (17, 4, 32, "zeros")]
 MIXED = [
@@ -31,15 +28,11 @@ def grids_of(layout: list[tuple[int, int, int, str]], width: int = 704) -> list[
 
 
 @needs_native
-@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("layout", [ALIKE, MIXED], ids=["alike", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_call_is_bit_identical_to_several(
-    monkeypatch: pytest.MonkeyPatch, isa: str, layout: list[tuple[int, int, int, str]], dtype: torch.dtype
+    isa: str, layout: list[tuple[int, int, int, str]], dtype: torch.dtype
 ) -> None:
-    if isa not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", isa)
     grids = grids_of(layout)
     weights = [grid.given for grid in grids]
     prepared = PreparedGrids(weights)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -18,11 +14,10 @@ from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.grid_matmul import GRID_MATMUL, grid_matmul, native
 from trimtab.kernels.grid_matmul.reference import dequantize, grid_matmul_reference
 
-from .conftest import KINDS, Grid, inputs, make_grid, relative_rms
+from .conftest import KINDS, Grid, inputs, make_grid, needs_native, relative_rms
+from .interpreted import needs_triton, run_interpreted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HERE = library.machine_isas() if library.absent() is None else ()
-needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 # width, group size: blocks and tails of every number of bits, groups that are and are not whole chunks of 32
 SHAPES = [(1, -1), (7, 7), (64, 32), (480, 96), (336, 48), (704, 64), (1000, -1), (1072, 16), (1536, 128), (2048, 512)]
 
@@ -51,12 +46,8 @@ def test_reference_is_the_definition(bits: int, kind: str, width: int, group_siz
 
 
 @needs_native
-@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize(("bits", "kind"), CASES)
-def test_native_parity(monkeypatch: pytest.MonkeyPatch, isa: str, bits: int, kind: str) -> None:
-    if isa not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", isa)
+def test_native_parity(isa: str, bits: int, kind: str) -> None:
     for width, group_size in SHAPES:
         grid = make_grid(13, width, bits, group_size, kind)
         dense = dequantize(grid.given)
@@ -108,12 +99,8 @@ def test_native_parameter_dtypes_and_leading_axes(scale_dtype: torch.dtype, zero
 
 
 @needs_native
-@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_a_row_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype) -> None:
-    if isa not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", isa)
+def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
     for bits in (2, 3, 4, 8):
         for kind in ("fractional", "row_levels") if bits < 8 else ("fractional",):
             grid = make_grid(37, 704, bits, 64, kind)
@@ -141,12 +128,8 @@ def test_threads_do_not_change_results(rows: int) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_shows(monkeypatch: pytest.MonkeyPatch, isa: str, bad: float) -> None:
-    if isa not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", isa)
+def test_what_is_not_finite_shows(isa: str, bad: float) -> None:
     for width, position in ((1072, 3), (1072, 1071), (40, 39)):
         for dtype in DTYPES[:2]:
             grid = make_grid(5, width, 3, -1, "zeros")
@@ -175,12 +158,11 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert relative_rms(product(x, grid), exact(x, grid)) <= RMS_BOUND[dtype]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_triton_parity_under_its_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET once."""
     code = """
 import torch
-from conftest import KINDS, inputs, make_grid, relative_rms
+from kernels.conftest import KINDS, inputs, make_grid, relative_rms
 from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.grid_matmul import grid_matmul_many
 cases = [(7, 7, 1, 2), (96, 48, 3, 3), (704, 64, 1, 4), (704, 64, 9, 3), (1000, -1, 2, 3), (80, 16, 17, 8)]
@@ -192,11 +174,7 @@ for width, group_size, rows, bits in cases:
             error = relative_rms(found, x.double() @ grid.weight().T)
             assert error <= RMS_BOUND[dtype], (width, group_size, rows, bits, grid.given, dtype, error)
 """
-    here = os.path.dirname(__file__)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRIMTAB_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([here, *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(code)
 
 
 # Dispatch

@@ -7,28 +7,14 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError, KernelUnavailable
-from trimtab.kernels import library
 from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.half_linear import MAX_ROWS, half_linear, native
 from trimtab.kernels.half_linear.reference import half_linear_reference
 
-from .conftest import inputs, relative_rms
+from .conftest import inputs, needs_native, relative_rms
 
 HALVES = [torch.bfloat16, torch.float16]
-HERE = library.machine_isas() if library.absent() is None else ()
-needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 SIZES = [1, 7, 17, 33, 80, 352, 1001]
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", request.param)
-    return str(request.param)
-
-
-every_isa = pytest.mark.parametrize("isa", library.ISAS, indirect=True)
 
 
 def layer(out: int, width: int, dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +35,6 @@ def test_reference_is_the_definition(dtype: torch.dtype, bias: bool) -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_native_parity(isa: str, dtype: torch.dtype, bias: bool) -> None:
@@ -69,7 +54,6 @@ def test_native_parity(isa: str, dtype: torch.dtype, bias: bool) -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_row_depends_on_neither_batch_nor_threads(isa: str, dtype: torch.dtype) -> None:
     weight, bias = layer(131, 352, dtype)
@@ -100,7 +84,6 @@ def test_strides_and_leading_axes(dtype: torch.dtype) -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_shows(isa: str, dtype: torch.dtype, bad: float) -> None:

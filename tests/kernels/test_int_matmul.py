@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,29 +15,17 @@ from trimtab.kernels.int_matmul import int_matmul, native
 from trimtab.kernels.int_matmul.reference import int_matmul_reference, round_inputs
 from trimtab.kernels.packing import pack
 
-from .conftest import inputs
+from .conftest import inputs, needs_native
 from .guarded import run_guarded
+from .interpreted import needs_triton, run_interpreted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HERE = library.machine_isas() if library.absent() is None else ()
-needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 WIDTHS = [1, 7, 64, 130, 300, 1072]  # blocks and tails of every number of bits
 MODES: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "static": {"x_scale": 0.37},
     "asymmetric": {"x_symmetric": False},
 }
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE)}")
-    monkeypatch.setenv("TRIMTAB_ISA", request.param)
-    return str(request.param)
-
-
-every_isa = pytest.mark.parametrize("isa", library.ISAS, indirect=True)
 
 
 def weight(out: int, width: int, bits: int, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +86,6 @@ def test_ties_go_to_even_and_a_static_scale_clips() -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_native_equals_the_reference(isa: str, bits: int) -> None:
     for width in WIDTHS:
@@ -116,7 +99,6 @@ def test_native_equals_the_reference(isa: str, bits: int) -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_products_do_not_saturate(isa: str, bits: int, sign: int) -> None:
@@ -134,7 +116,6 @@ def test_the_largest_products_do_not_saturate(isa: str, bits: int, sign: int) ->
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("wider", [-9, 0, 33])
 def test_index_gathers_rounded_inputs(isa: str, index_dtype: torch.dtype, wider: int) -> None:
@@ -153,7 +134,6 @@ def test_index_gathers_rounded_inputs(isa: str, index_dtype: torch.dtype, wider:
 
 
 @needs_native
-@every_isa
 def test_row_sums_given_are_row_sums_computed(isa: str) -> None:
     codes, packed, scales = weight(45, 300, 4)
     x = inputs(10, 300, torch.float32) + 2
@@ -165,7 +145,6 @@ def test_row_sums_given_are_row_sums_computed(isa: str) -> None:
 
 
 @needs_native
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_zero_rows_and_what_is_not_finite(isa: str, dtype: torch.dtype, mode: str) -> None:
@@ -184,7 +163,7 @@ def test_zero_rows_and_what_is_not_finite(isa: str, dtype: torch.dtype, mode: st
 
 @needs_native
 @pytest.mark.parametrize("mode", MODES)
-def test_neither_batch_nor_threads_nor_chunks_change_a_row(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_neither_batch_nor_threads_nor_chunks_change_a_row(mode: str) -> None:
     _, packed, scales = weight(517, 704, 4)
     x = inputs(21, 704, torch.bfloat16)
     options = MODES[mode] | {"bits": 4, "in_features": 704, "x_bits": 8}
@@ -262,9 +241,8 @@ for at_end in (True, False):
 # Triton
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_triton_parity_under_its_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET once."""
     code = """
 import torch
 from kernels.conftest import inputs
@@ -282,11 +260,7 @@ for width, rows, bits in ((7, 1, 2), (130, 3, 3), (704, 1, 4), (300, 9, 4), (515
             expected = int_matmul_reference(x, packed, scales, index=chosen, **options)
             assert torch.equal(found, expected), (width, rows, bits, options)
 """
-    tests = os.path.dirname(os.path.dirname(__file__))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRIMTAB_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(code)
 
 
 # Dispatch

@@ -16,12 +16,10 @@ from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.kv_attention import KV_ATTENTION, Lane, Run, kv_attention, native
 from trimtab.kernels.kv_attention.reference import kv_attention_reference
 
-from .conftest import relative_rms
+from .conftest import needs_native, relative_rms
 from .guarded import run_guarded
 from .kv_cases import BITS, lane_of, random_query, random_rope, random_run
 
-HERE = library.machine_isas() if library.absent() is None else ()
-needs_native = pytest.mark.skipif(not HERE, reason=str(library.absent()))
 TOKENS = (1, 31, 32, 33, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROPE = random_rope(1200, 24)  # of 48 of 64 channels
@@ -53,14 +51,6 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "group_channels": 64, "hadamard": 32, "order": True},
     {"bits": 2, "group_tokens": 32, "order": True},
 )
-
-
-@pytest.fixture(params=library.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in HERE:
-        pytest.skip(f"this machine has {', '.join(HERE) or 'no native kernels'}")
-    monkeypatch.setenv("TRIMTAB_ISA", request.param)
-    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +18,13 @@ from trimtab.kernels.kv_attention.bench_gpu import BITS, Setting, _lane, kv_atte
 from trimtab.kernels.kv_attention.reference import kv_attention_reference
 from trimtab.kernels.kv_attention.triton_tables import make_tables, segments
 
+from .interpreted import needs_triton, run_interpreted
 from .kv_cases import random_query, random_rope, random_run
 
 HALF = torch.float16
 BOUND = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Relative RMS error; the rounding of the result in the dtype of query takes most of the last two."""
 OPTIONAL = ("softcap", "bias", "first_visible", "tail_visible")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def two_rows(key: dict[str, Any], value: dict[str, Any], dim: int = 64, *, window: bool = True, **rest: Any) -> Any:
@@ -199,19 +196,14 @@ def _demand_small(error: dict[str, float], dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    """Errors of all cases, from a process of its own: Triton reads TRITON_INTERPRET once."""
+    """Errors of all cases."""
     code = (
         "import json, torch, kernels.test_kv_attention_triton as t\n"
         "plain = torch.empty\n"
         "torch.empty = lambda *a, **k: plain(*a, **k).fill_(float('nan'))\n"  # what is left out shows
         "print(json.dumps({name: t.errors(case()) for name, case in t.CASES.items()}))"
     )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRIMTAB_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    tests = os.path.dirname(os.path.dirname(__file__))
-    environment["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, dict[str, float]] = json.loads(run_interpreted(code).splitlines()[-1])
     return found
 
 

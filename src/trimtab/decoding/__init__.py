@@ -1,1 +1,26 @@
 """Floor 1: draft, verify and choose tokens, exactly. Read base.py first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy_exports
+from trimtab.core.registry import room_exports
+
+if TYPE_CHECKING:
+    from trimtab.decoding._decoder import Decoder as Decoder
+    from trimtab.decoding._ledger import DecodingLedger as DecodingLedger
+    from trimtab.decoding._loop import Generation as Generation
+    from trimtab.decoding._sampling import Sampling as Sampling
+    from trimtab.decoding.speculative import Speculative as Speculative
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Decoder": "_decoder",
+        "DecodingLedger": "_ledger",
+        "Generation": "_loop",
+        "Sampling": "_sampling",
+        **room_exports("decoding"),
+    },
+)

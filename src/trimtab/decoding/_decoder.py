@@ -127,6 +127,9 @@ class Decoder:
     def check_length(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Raise DataError for a prompt without tokens or one that leaves no room."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        layers = self.new_cache(self.model).plan.layers
+        if all(group.positions == "cache" for groups in layers for group in groups):
+            limit = None  # such a cache forgets, and its positions do not grow
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"prompt {row} holds no token; every text needs at least one to go on from.")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 from trimtab.decoding._tree import DraftTree
@@ -48,6 +49,15 @@ class DecodingLedger:
         decoding."""
         return self.committed / self.rounds if self.rounds else 0.0
 
+    @classmethod
+    def sum(cls, ledgers: Sequence[DecodingLedger]) -> DecodingLedger:
+        """One ledger for several generations."""
+        total = cls()
+        for ledger in ledgers:
+            for name, value in vars(ledger).items():
+                setattr(total, name, _added(getattr(total, name), value))
+        return total
+
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Add the seconds that the body takes to a phase."""
@@ -72,6 +82,15 @@ class DecodingLedger:
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with `tokens_per_target_forward`."""
         return asdict(self) | {"tokens_per_target_forward": self.tokens_per_target_forward}
+
+
+def _added(total: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: total.get(name, 0.0) + value.get(name, 0.0) for name in {**total, **value}}
+    if isinstance(value, list):
+        pairs = zip_longest(total, value, fillvalue=0)
+        return [a + b for a, b in pairs]
+    return total + value
 
 
 def _count(counts: list[int], place: int) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab.evaluation.kl import NextTokens, divergence
+from trimtab.evaluation.weight_decode.quantizing import llmcompressor_gptq
 from trimtab.models import load, tokenizer_of
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.views import ModelView
@@ -29,25 +30,9 @@ Quantize = Callable[[PreTrainedModel, CalibrationSet, int], None]
 """Rounds the linears of the blocks in place: (model, text, bits)."""
 
 
-def llmcompressor_gptq(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
+def llmcompressor(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
     """GPTQ of llmcompressor with its defaults, asymmetric groups."""
-    llmcompressor: Any = importlib.import_module("llmcompressor")
-    gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
-    quantization: Any = importlib.import_module("compressed_tensors.quantization")
-    datasets: Any = importlib.import_module("datasets")
-    weights = quantization.QuantizationArgs(
-        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=GROUP
-    )
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    rows = text.tokens.tolist()
-    llmcompressor.oneshot(
-        model=model,
-        dataset=datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]}),
-        recipe=gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
-        max_seq_length=text.length,
-        num_calibration_samples=len(rows),
-        shuffle_calibration_samples=False,
-    )
+    llmcompressor_gptq(model, text.tokens, bits=bits, group_size=GROUP, symmetric=False)
 
 
 def auto_round(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
@@ -97,7 +82,7 @@ SYSTEMS: dict[str, tuple[str, Quantize]] = {
     "trimtab/awq": ("trimtab", _ours("awq")),
     "trimtab/hqq": ("trimtab", _ours("hqq")),
     "trimtab/pv_tuning": ("trimtab", _ours("pv_tuning")),
-    "llmcompressor/gptq": ("llmcompressor", llmcompressor_gptq),
+    "llmcompressor/gptq": ("llmcompressor", llmcompressor),
     "auto-round": ("auto-round", auto_round),
     "hqq": ("hqq", hqq),
 }

@@ -24,6 +24,8 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ZERO_DTYPES = DTYPES | {torch.uint8: 3}
 """What zero points may be."""
+_FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
+"""What the numbers mean that every native call may answer; 0 is success."""
 _BEST = -1
 _FILE = "libtrimtab_kernels.so"
 
@@ -162,6 +164,12 @@ def native_library() -> ctypes.CDLL:
     if library is None:
         raise KernelUnavailable(f"Native kernels cannot run: {reason}.")
     return library
+
+
+def check(status: int) -> None:
+    """Raise KernelUnavailable unless a native call answered that all went well."""
+    if status:
+        raise KernelUnavailable(f"The native kernels stopped: {_FAILURES.get(status, f'status {status}')}.")
 
 
 @functools.cache

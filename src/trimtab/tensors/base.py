@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, NumericsError, did_you_mean
+from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 
 if TYPE_CHECKING:
-    from trimtab.kernels.grid_matmul import GridWeight
     from trimtab.tensors.metric import Metric
 
 _PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook")
@@ -47,9 +47,15 @@ class Part(ABC):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense [out, in] tensor."""
 
-    @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
-        """x [..., in] -> x @ W^T [..., out], in the dtype of x; uses the fastest kernel that accepts the input."""
+        """x [..., in] -> x @ W^T [..., out], in the dtype of x; uses the fastest kernel that accepts the input.
+
+        The default is the grid kernel with `grid_weight()`, or the product with the dense weight where there is none.
+        """
+        weight = self.grid_weight()
+        if weight is None:
+            return torch.nn.functional.linear(x, self.dequantize(x.dtype))
+        return grid_matmul_many(x, (weight,))[0]
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """out + `matmul(x)`; `out` [..., out], in the dtype of x, may be overwritten: use what is returned."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
+from trimtab.kernels.grid_matmul import GridWeight
 from trimtab.kernels.packing import pack, packed_bytes, unpack
 from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
 from trimtab.tensors.metric import Metric
@@ -86,11 +86,8 @@ class BinaryBases(Part):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.levels.gather(1, self.codes().long()).to(dtype)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Through the grid kernel, each row with a table of its own."""
-        return grid_matmul_many(x, (self.grid_weight(),))[0]
-
     def grid_weight(self) -> GridWeight:
+        """Each row with a table of its own."""
         scales = torch.ones(self.shape[0], 1, device=self.alphas.device)
         return GridWeight(self.packed, scales, None, self.bases, -1, self.in_features, self.levels)
 

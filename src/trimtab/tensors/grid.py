@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
+from trimtab.kernels.grid_matmul import GridWeight
 from trimtab.kernels.packing import pack, packed_bytes, unpack
 from trimtab.tensors.base import Part, checked_buffers, shape_from_spec, stored_like
 from trimtab.tensors.grid_format import (
@@ -104,17 +104,11 @@ class GroupGrid(Part):
         return dequantize_codes(self.codes(), self.scales, self.zeros, self.format, dtype)
 
     def grid_weight(self) -> GridWeight | None:
+        """None where groups run along "out"."""
         if self.format.axis == "out":
             return None
         group = self.format.group_length(self.shape)
         return GridWeight(self.packed, self.scales, self.zeros, self.format.bits, group, self.in_features)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Through the grid kernel where groups run along "in", else through the dense weight."""
-        weight = self.grid_weight()
-        if weight is None:
-            return torch.nn.functional.linear(x, self.dequantize(x.dtype))
-        return grid_matmul_many(x, (weight,))[0]
 
     def project(
         self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False

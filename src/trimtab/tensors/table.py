@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.core.config import Config
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
+from trimtab.kernels.grid_matmul import GridWeight
 from trimtab.kernels.grid_matmul.weight import MAX_LEVEL_BITS
 from trimtab.kernels.packing import pack, packed_bytes, unpack
 from trimtab.tensors.base import Part, checked_buffers, shape_from_spec, stored_like
@@ -145,19 +145,13 @@ class LevelTable(Part):
         return self._values(self.scales, self.levels).to(dtype)
 
     def grid_weight(self) -> GridWeight | None:
+        """None beyond 4 bits."""
         if self.format.bits > MAX_LEVEL_BITS:
             return None
         group = self.in_features if self.format.group_size == -1 else self.format.group_size
         return GridWeight(
             self.packed, self.scales, None, self.format.bits, group, self.in_features, self.levels.contiguous()
         )
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Through the grid kernel up to 4 bits, else through the dense weight."""
-        weight = self.grid_weight()
-        if weight is None:
-            return torch.nn.functional.linear(x, self.dequantize(x.dtype))
-        return grid_matmul_many(x, (weight,))[0]
 
     def project(
         self, target: Tensor, metric: Metric | None = None, subset: Tensor | None = None, *, differ: bool = False

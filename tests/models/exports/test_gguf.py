@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import trimtab as tt
 from trimtab.core.errors import ConfigError, MissingExtra, TargetError
 from trimtab.models.exports import export
 from trimtab.models.exports.gguf import Gguf
+from trimtab.models.exports.gguf_model import ARCHITECTURES, row_order
 from trimtab.models.exports.gguf_tokenizer import vocabulary_of
 from trimtab.models.random import random_model
 
@@ -87,6 +90,24 @@ def test_llama_rows_of_queries_and_keys_are_interleaved(fmt: dict[str, Any], tmp
                 if family == "llama":
                     value = value.reshape(heads, 2, 8, -1).swapaxes(1, 2).reshape(value.shape)
                 assert np.array_equal(gguf_weight(*tensors[f"blk.0.{theirs}.{leaf}"]), value)
+
+
+@given(heads=st.integers(1, 3), half=st.integers(1, 4), seed=st.integers(0, 99))
+def test_rows_are_ordered_for_rotation_of_neighbours(heads: int, half: int, seed: int) -> None:
+    """Rotating (2 j, 2 j + 1) of what the reordered weights give is rotating (j, j + half) and reordering."""
+    rows = heads * 2 * half
+    config = LlamaConfig(hidden_size=rows, num_attention_heads=heads, num_key_value_heads=heads, head_dim=2 * half)
+    order = row_order("model.layers.0.self_attn.q_proj.weight", ARCHITECTURES["llama"], config)
+    assert order is not None
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 5, generator=generator)
+    angle = torch.rand(half, generator=generator)
+    x = torch.randn(5, generator=generator)
+    first, second = (weight @ x).view(heads, 2, half).unbind(1)
+    rotated = torch.stack([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    even, odd = (weight[order] @ x).view(heads, half, 2).unbind(-1)
+    found = torch.stack([even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], -1)
+    torch.testing.assert_close(found, rotated)
 
 
 @pytest.mark.parametrize("dense", ["f16", "bf16", "f32"])

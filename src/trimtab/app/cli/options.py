@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from trimtab.core.files import read_user_text, refuse_occupied
 
 if TYPE_CHECKING:
     from trimtab.cache.base import CacheMethod
+    from trimtab.decoding.base import DecodingMethod
 
 Model = Annotated[
     str,
@@ -48,6 +50,59 @@ CacheSettings = Annotated[
     list[str] | None,
     typer.Option("--cache-set", metavar="OPTION=VALUE", help="An option of the cache; may be given several times."),
 ]
+
+
+Decoding = Annotated[
+    str | None,
+    typer.Option(
+        "--decoding",
+        metavar="NAME[,NAME]",
+        help="Decode by these methods, which supply different parts: see trimtab list --room decoding.",
+        show_default=False,
+    ),
+]
+DecodingSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decoding-set",
+        metavar="OPTION=VALUE[,...]",
+        help="An option of the decoding, or of one of them as NAME.OPTION=VALUE; may be given several times.",
+    ),
+]
+
+
+def read_decoding(names: str | None, pairs: Iterable[str] | None) -> list[DecodingMethod]:
+    """The methods of --decoding and --decoding-set, none without. Raises ConfigError before a model is loaded."""
+    if names is None:
+        if pairs:
+            raise ConfigError(
+                f"--decoding-set {next(iter(pairs))} is an option of a decoding; name it with --decoding."
+            )
+        return []
+    return decoding_methods(split_names(names, "--decoding"), pairs)
+
+
+def decoding_methods(names: Sequence[str], pairs: Iterable[str] | None) -> list[DecodingMethod]:
+    """Methods of the decoding room with their settings. Raises ConfigError for what is none."""
+    from trimtab.app.comparison import check_prefixes, own_settings
+    from trimtab.core.registry import method_class, method_info
+
+    infos = [method_info(name) for name in names]
+    for info in infos:
+        if info.room != "decoding":
+            raise ConfigError(f"'{info.name}' is a method of the room {info.room}; see trimtab list --room decoding.")
+    settings = read_settings([part for pair in pairs or () for part in _split_settings(pair)], "--decoding-set")
+    check_prefixes([info.name for info in infos], settings)
+    methods = []
+    for info in infos:
+        cls: Any = method_class(info.name)
+        methods.append(cls.from_options(typed_settings(cls, own_settings(cls, info.name, settings, None))))
+    return methods
+
+
+def _split_settings(text: str) -> list[str]:
+    """`k=4,depth=5` as its settings; a comma that no OPTION= follows is part of the value before."""
+    return re.split(r",(?=\s*[A-Za-z_][\w.-]*=)", text)
 
 
 def read_cache(name: str | None, pairs: Iterable[str] | None) -> CacheMethod | None:

@@ -1,7 +1,7 @@
 """Time and memory of compressing a model: trimtab's methods and other libraries' in one run on the same data.
 
 systems     which systems there are, by name, and what each needs installed
-_run        makes model and data once, gives each system a process of its own, gathers what they measured
+_run        makes model and data once, and lets `beside` give each system a process of its own
 measure     what is measured, the same for all
 sessions    how each system compresses
 """

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from trimtab.core.errors import ConfigError, NumericsError
-from trimtab.evaluation.kv_decode.child import memory
-from trimtab.evaluation.kv_decode.measure import Benchmark
+from trimtab.evaluation.beside.base import Benchmark
+from trimtab.evaluation.beside.child import memory
 
 LARGEST_ERROR = 0.05
 """Relative squared error of the weights: rounding to 4 bits in groups of 64 leaves about 0.01."""
@@ -38,6 +38,10 @@ class Setting(Benchmark):
         for name in ("sequences", "length", "rank", "iterations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{self.bench}: {name} must be at least 1, but is {getattr(self, name)}.")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"model": self.model}
 
 
 class Session(Protocol):

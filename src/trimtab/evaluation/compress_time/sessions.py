@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import trimtab
 from trimtab import models
 from trimtab.evaluation.compress_time.measure import Setting
-from trimtab.evaluation.weight_decode.quantizing import HEAD, linears
+from trimtab.evaluation.weight_decode.quantizing import linears, llmcompressor_gptq
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.weights import compress
@@ -81,30 +81,13 @@ class TrimtabGptq(TorchSession):
 
 
 class LlmcompressorGptq(TorchSession):
-    """llmcompressor's GPTQ with its defaults (sequential, static order by activation)."""
+    """llmcompressor's GPTQ with its defaults; it leaves rounded dense weights in the model."""
 
     library = "llmcompressor"
 
     def compress(self) -> None:
-        """As its `oneshot` does; it leaves rounded dense weights in the model."""
-        llmcompressor: Any = importlib.import_module("llmcompressor")
-        gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
-        quantization: Any = importlib.import_module("compressed_tensors.quantization")
-        datasets: Any = importlib.import_module("datasets")
-        weights = quantization.QuantizationArgs(
-            num_bits=4, type="int", symmetric=True, strategy="group", group_size=self.setting.group_size
-        )
-        scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-        rows = self.tokens.tolist()
-        data = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-        llmcompressor.oneshot(
-            model=self.model,
-            dataset=data,
-            recipe=gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=[HEAD]),
-            max_seq_length=self.setting.length,
-            num_calibration_samples=len(rows),
-            shuffle_calibration_samples=False,
-        )
+        """As its `oneshot` does."""
+        llmcompressor_gptq(self.model, self.tokens, bits=4, group_size=self.setting.group_size, symmetric=True)
 
     def compressed(self) -> Iterator[tuple[str, Tensor]]:
         """Linears with a scale."""

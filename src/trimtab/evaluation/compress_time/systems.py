@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.core.errors import ConfigError, did_you_mean
-from trimtab.evaluation.kv_decode.systems import System
+from trimtab.evaluation.beside.base import System
 
 _SYSTEMS = (
     System("trimtab/gptq-4", "sessions:TrimtabGptq"),

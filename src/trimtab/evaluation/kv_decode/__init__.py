@@ -1,11 +1,9 @@
 """Decoding with a long context: trimtab's caches, transformers' and other libraries' in one run on the same weights.
 
     systems     which systems there are, by name, and what each needs installed
-    _run        makes the model once, gives each system a process of its own, gathers what they measured
-    child       that process: `python -m trimtab.evaluation.kv_decode.child JOB`
+    _run        makes the model once, and lets `beside` give each system a process of its own
     measure     what is measured, the same for all: `Session` is what a system has to offer
     torch_sessions, llama_cpp_session     the systems
-    gguf_export     the model as llama.cpp reads it
 
 Names are imported on first use: the process that measures llama.cpp holds no torch.
 """

@@ -10,24 +10,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from trimtab.core.errors import ConfigError, NumericsError
+from trimtab.evaluation.beside.base import Benchmark
 
 T = TypeVar("T")
 
 SHORT = 64
 """Tokens of the short context; what a step costs there is subtracted to leave the attention over the rest."""
-PARITY_BOUND = 2e-2
-"""Relative RMS error of the logits in bfloat16 against the reference kernels. A wrong kernel is far above it."""
+PARITY_BOUND = 3e-2
+"""Relative RMS error of the logits in bfloat16 against the reference kernels, which round elsewhere: 1.3e-2 for grids and
+2.1e-2 for tables, whose levels are rounded to bfloat16 too, after eight layers. A wrong kernel is far above it."""
 _ENOUGH_SECONDS = 20.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """What every benchmark beside other libraries has: a name, and a package with its openers and its `measure`."""
-
-    bench: ClassVar[str]
-    package: ClassVar[str]
-
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +52,10 @@ class Setting(Benchmark):
             raise ConfigError(
                 f"{self.bench}: context must be above the short one of {SHORT} tokens, but is {self.context}."
             )
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"context": self.context, "steps": self.steps}
 
     @property
     def positions(self) -> int:

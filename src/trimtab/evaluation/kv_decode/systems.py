@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.core.errors import ConfigError, MissingExtra, did_you_mean
+from trimtab.core.errors import ConfigError, did_you_mean
 from trimtab.core.registry import method_info, methods
+from trimtab.evaluation.beside.base import System
 
 CACHES = ("kivi-4", "kivi-2", "gear-2", "exact")
 """trimtab's caches that are measured unless others are named."""
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """One way to keep keys and values while decoding.
-
-    name      LIBRARY/VARIANT
-    opener    MODULE:FUNCTION of this package; called with the directory of the model and `options`, it gives a Session
-    needs     what must be installed: name to import -> name to install
-    """
-
-    name: str
-    opener: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    needs: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def library(self) -> str:
-        return self.name.partition("/")[0]
-
-    def absent(self) -> str | None:
-        """Why it cannot run here, with the way out, or None."""
-        for module, package in self.needs.items():
-            if not _is_installed(module):
-                return str(MissingExtra(package, "peers", self.name))
-        return None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 def _quantized(variant: str, backend: str, bits: int, needs: Mapping[str, str]) -> System:

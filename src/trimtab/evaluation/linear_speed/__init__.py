@@ -1,7 +1,7 @@
 """Single linear layers: trimtab's representations and other libraries' in one run on the same weights.
 
 systems     which systems there are; their names are those of `weight_decode`
-_run        gives each system a process of its own, gathers what they measured
+_run        lets `beside` give each system a process of its own, and gathers an entry for each product
 measure     what is measured, the same for all
 makers      how a system makes a layer of a dense weight
 """

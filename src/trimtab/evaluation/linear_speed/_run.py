@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from trimtab.evaluation.kv_decode._run import measure_system
-from trimtab.evaluation.kv_decode.systems import System
+from trimtab.evaluation.beside.base import System
+from trimtab.evaluation.beside.run import read_speed, run_systems
 from trimtab.evaluation.linear_speed.measure import Setting
-from trimtab.kernels.bandwidth import read_bandwidth_gbps
 
 
 def run(
@@ -20,30 +17,13 @@ def run(
     threads: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Entries {"bench", "system", "shape", "rows", ...} with the figures of `measure`, and the share of the memory
-    bandwidth, measured just before, that reading the weight once per product reaches.
+    """`run_systems`: entries with "shape", "rows" and the figures of `measure`, and the share of the memory bandwidth
+    that reading the weight once per product reaches."""
 
-    threads   for every system; None: as many as this process may use
-    tell      called with a line of progress per system
+    def finish(figures: dict[str, Any], bandwidth_gbps: float) -> list[dict[str, Any]]:
+        return [
+            product | read_speed(product["weight_bytes"], product["decode_ms_median"], bandwidth_gbps)
+            for product in figures["products"]
+        ]
 
-    A system that is not installed has one entry with "skipped", one that fails one with "error"; the others go on.
-    """
-    count = threads or len(os.sched_getaffinity(0))
-    entries: list[dict[str, Any]] = []
-    for number, system in enumerate(systems, 1):
-        entry: dict[str, Any] = {"bench": setting.bench, "system": system.name}
-        if reason := system.absent():
-            tell(f"{number}/{len(systems)} {system.name}: skipped: {reason}")
-            entries.append({**entry, "skipped": reason})
-            continue
-        tell(f"{number}/{len(systems)} {system.name}")
-        bandwidth = read_bandwidth_gbps(count)
-        figures = measure_system(system, Path(), setting, count)
-        if "error" in figures:
-            tell(f"{system.name} failed: {figures['error']}")
-            entries.append({**entry, **figures})
-        for product in figures.get("products", ()):
-            gbps = product["weight_bytes"] / product["decode_ms_median"] / 1e6
-            shares = {"read_gbps_median": gbps, "bandwidth_gbps": bandwidth, "bandwidth_share": gbps / bandwidth}
-            entries.append({**entry, "threads": count, **product, **shares})
-    return entries
+    return run_systems(systems, setting, None, finish, threads=threads, tell=tell)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import NumericsError
-from trimtab.evaluation.kv_decode.measure import Benchmark
+from trimtab.evaluation.beside.base import Benchmark
 from trimtab.kernels.bench import RMS_BOUND
 
 SHAPES = ((2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (4096, 11008))

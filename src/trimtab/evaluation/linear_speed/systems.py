@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trimtab.evaluation import weight_decode
-from trimtab.evaluation.kv_decode.systems import System
+from trimtab.evaluation.beside.base import System
 
 _OPENERS = {"trimtab_session:open_trimtab": "makers:trimtab_maker", "peer_sessions:open_peer": "makers:peer_maker"}
 

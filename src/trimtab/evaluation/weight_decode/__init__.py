@@ -1,7 +1,7 @@
 """Decoding with compressed weights: trimtab's representations and other libraries' in one run on the same weights.
 
     systems             which systems there are, by name, and what each needs installed
-    _run                makes the model and its expected logits once, and lets `kv_decode` give each system a process
+    _run                makes the model and its expected logits once, and lets `beside` give each system a process
     measure             what is measured, the same for all
     trimtab_session     this library's representations, with low-rank and outlier terms and a cache where wanted
     peer_sessions       torch and what quantizes its linear layers in place: quantizing.py

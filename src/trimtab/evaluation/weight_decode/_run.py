@@ -11,8 +11,9 @@ import torch
 
 from trimtab import models
 from trimtab.core.errors import NumericsError
-from trimtab.evaluation.kv_decode._run import make_model, run_systems
-from trimtab.evaluation.kv_decode.systems import System
+from trimtab.evaluation.beside.base import System
+from trimtab.evaluation.beside.run import read_speed, run_systems
+from trimtab.evaluation.kv_decode._run import make_model
 from trimtab.evaluation.weight_decode.llama_cpp import BASE_TYPE
 from trimtab.evaluation.weight_decode.measure import Setting
 
@@ -29,33 +30,24 @@ def run(
     threads: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """One entry per system: {"bench", "system", "context", ...} with the figures of `measure`, and
+    """`run_systems`: one entry per system with the figures of `measure`, and
 
     agreement         cosine between the logits after the context and the uncompressed model's
     read_gbps_median, bandwidth_share    bytes of weights that a step reads / its time, beside the measured bandwidth
 
-    threads   for every system; None: as many as this process may use
-    tell      called with a line of progress per system
-
-    A system that is not installed has "skipped" instead, with the reason; one that fails, or computes something else,
-    has "error", and the others go on.
+    A system that computes something else has "error".
     """
     expected: list[float] = []
 
     def make(folder: Path, chosen: Sequence[System]) -> None:
         gguf = any(system.library == "llama.cpp" for system in chosen)
-        make_model(folder, setting, gguf=gguf, gguf_type=BASE_TYPE)
+        make_model(folder, setting, gguf=gguf, gguf_type=BASE_TYPE, tell=tell)
         expected.extend(dense_logits(folder, setting))
 
-    def finish(figures: dict[str, Any], bandwidth_gbps: float) -> dict[str, Any]:
-        found = figures.pop("logits")
-        gbps = figures["read_bytes"] / figures["decode_ms_median"] / 1e6
-        return {
-            "agreement": agreement(found, expected, demanded=figures["parity"] is None),
-            "read_gbps_median": gbps,
-            "bandwidth_gbps": bandwidth_gbps,
-            "bandwidth_share": gbps / bandwidth_gbps,
-        }
+    def finish(figures: dict[str, Any], bandwidth_gbps: float) -> list[dict[str, Any]]:
+        cosine = agreement(figures.pop("logits"), expected, demanded=figures["parity"] is None)
+        speed = read_speed(figures["read_bytes"], figures["decode_ms_median"], bandwidth_gbps)
+        return [{**figures, "agreement": cosine, **speed}]
 
     return run_systems(systems, setting, make, finish, threads=threads, tell=tell)
 

@@ -61,6 +61,32 @@ def hqq_4(module: nn.Module) -> None:
         setattr(parent, attribute, hqq.HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu"))
 
 
+def llmcompressor_gptq(model: nn.Module, tokens: Tensor, *, bits: int, group_size: int, symmetric: bool) -> None:
+    """llmcompressor's GPTQ with its defaults (sequential, static order by activation), as its `oneshot` does.
+
+    tokens   int64 [sequences, length], the calibration text
+
+    It leaves rounded dense weights in the model.
+    """
+    llmcompressor: Any = importlib.import_module("llmcompressor")
+    gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
+    quantization: Any = importlib.import_module("compressed_tensors.quantization")
+    datasets: Any = importlib.import_module("datasets")
+    weights = quantization.QuantizationArgs(
+        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=group_size
+    )
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    rows = tokens.tolist()
+    llmcompressor.oneshot(
+        model=model,
+        dataset=datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+        recipe=gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=[HEAD]),
+        max_seq_length=tokens.shape[1],
+        num_calibration_samples=len(rows),
+        shuffle_calibration_samples=False,
+    )
+
+
 def nothing(module: nn.Module) -> None:
     """Weights stay as they are."""
 

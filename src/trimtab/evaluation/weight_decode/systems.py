@@ -7,7 +7,8 @@ from typing import Any
 
 from trimtab.core.errors import ConfigError, did_you_mean
 from trimtab.core.registry import method_info
-from trimtab.evaluation.kv_decode.systems import System, trimtab_cache
+from trimtab.evaluation.beside.base import System
+from trimtab.evaluation.kv_decode.systems import trimtab_cache
 
 REPRESENTATIONS = ("grid-4", "grid-3", "grid-2", "grid-8", "grid-4+rank-32", "grid-4+outliers-0.5")
 """trimtab's representations that are measured unless others are named."""

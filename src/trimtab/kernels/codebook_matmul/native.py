@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import KernelUnavailable
-from trimtab.kernels.library import DTYPES, CodebookProblem, isa_limit, native_library
+from trimtab.kernels.library import DTYPES, CodebookProblem, check, isa_limit, native_library
+from trimtab.kernels.refusals import refused
 
 MAX_ROWS = 16
 """Rows of x up to which codes are multiplied as they are."""
@@ -23,23 +23,12 @@ BLOCK_WEIGHTS = 1 << 22
 """Weights written out at a time when there are more rows."""
 GROUP_SIZES = (4, 8, 16)
 
-_FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
-
 
 def refuses(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, *, in_features: int) -> str | None:
     """Why these arguments need another backend, or None."""
-    for name, tensor in {"x": x, "codes": codes, "codebooks": codebooks, "scales": scales}.items():
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device}, native kernels read CPU memory"
-        if name != "x" and not tensor.is_contiguous():
-            return f"{name} of shape {list(tensor.shape)} is not contiguous"
     if codebooks.shape[2] not in GROUP_SIZES:
         return f"vectors have {codebooks.shape[2]} numbers; this kernel is for {', '.join(map(str, GROUP_SIZES))}"
-    if x.dtype not in DTYPES or scales.dtype not in DTYPES:
-        return f"x is {x.dtype} and scales are {scales.dtype}; native kernels take float32, float16 and bfloat16"
-    if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad or codebooks.requires_grad):
-        return "a gradient is wanted, which only the reference has"
-    return None
+    return refused({"x": x, "codes": codes, "codebooks": codebooks, "scales": scales}, ("x", "scales"))
 
 
 def codebook_matmul_native(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, *, in_features: int) -> Tensor:
@@ -62,7 +51,7 @@ def codebook_matmul_native(x: Tensor, codes: Tensor, codebooks: Tensor, scales: 
         rows,
         torch.get_num_threads(),
     )
-    _check(status)
+    check(status)
     return out
 
 
@@ -78,7 +67,7 @@ def dequantize_native(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: t
         codes.shape[0],
         torch.get_num_threads(),
     )
-    _check(status)
+    check(status)
     return out
 
 
@@ -107,8 +96,3 @@ def _by_blocks(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, out:
         weight = dequantize_native(codes[part], codebooks, scales[part], x.dtype)
         out[..., part] = torch.nn.functional.linear(x, weight)
     return out
-
-
-def _check(status: int) -> None:
-    if status:
-        raise KernelUnavailable(f"The native kernels stopped: {_FAILURES.get(status, f'status {status}')}.")

@@ -10,28 +10,16 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.codebook_matmul.native import GROUP_SIZES
-from trimtab.kernels.grid_matmul.triton import _interpreted, absent
+from trimtab.kernels.triton_device import absent, refused
 
 __all__ = ["absent", "codebook_matmul_triton", "refuses"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def refuses(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, *, in_features: int) -> str | None:
     """Why these arguments need another backend, or None."""
-    wanted = "cpu" if _interpreted() else "cuda"
-    for name, tensor in {"x": x, "codes": codes, "codebooks": codebooks, "scales": scales}.items():
-        if tensor.device.type != wanted or tensor.device != x.device:
-            return f"{name} is on {tensor.device} and x on {x.device}; Triton kernels want both on one {wanted} device"
-        if name != "x" and not tensor.is_contiguous():
-            return f"{name} of shape {list(tensor.shape)} is not contiguous"
     if codebooks.shape[2] not in GROUP_SIZES:
         return f"vectors have {codebooks.shape[2]} numbers; this kernel is for {', '.join(map(str, GROUP_SIZES))}"
-    if x.dtype not in _DTYPES or scales.dtype not in _DTYPES:
-        return f"x is {x.dtype} and scales are {scales.dtype}; Triton kernels take float32, float16 and bfloat16"
-    if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad or codebooks.requires_grad):
-        return "a gradient is wanted, which only the reference has"
-    return None
+    return refused({"x": x, "codes": codes, "codebooks": codebooks, "scales": scales}, ("x", "scales"))
 
 
 def codebook_matmul_triton(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, *, in_features: int) -> Tensor:

@@ -16,36 +16,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import KernelUnavailable
 from trimtab.kernels.grid_matmul.weight import GridWeight
-from trimtab.kernels.library import DTYPES, ZERO_DTYPES, GridWeightStruct, isa_limit, native_library
+from trimtab.kernels.library import DTYPES, ZERO_DTYPES, GridWeightStruct, check, isa_limit, native_library
+from trimtab.kernels.refusals import refused
 
 MAX_ROWS = 64
 """Rows of x up to which the library multiplies; with more, torch does."""
 BLOCK_WEIGHTS = 1 << 24
 """Weights written out at a time when there are more rows: torch's product prefers them over cache-sized blocks."""
 
-_FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
-
 
 def refuses(x: Tensor, weights: Sequence[GridWeight]) -> str | None:
     """Why these arguments need another backend, or None."""
-    if not x.is_cpu:
-        return f"x is on {x.device}, native kernels read CPU memory"
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; native kernels take float32, float16 and bfloat16"
-    wants_gradient = x.requires_grad
     for weight in weights:
-        for name, tensor in weight.tensors().items():
-            if not tensor.is_cpu:
-                return f"{name} is on {tensor.device}, native kernels read CPU memory"
-            if not tensor.is_contiguous():
-                return f"{name} of shape {list(tensor.shape)} is not contiguous"
-            wants_gradient = wants_gradient or tensor.requires_grad
-        if weight.scales.dtype not in DTYPES:
-            return f"scales are {weight.scales.dtype}; native kernels take float32, float16 and bfloat16"
-    if wants_gradient and torch.is_grad_enabled():
-        return "a gradient is wanted, which only the reference has"
+        if reason := refused({"x": x, **weight.tensors()}, ("x", "scales")):
+            return reason
     return None
 
 
@@ -125,9 +110,3 @@ def _by_blocks(x: Tensor, weight: GridWeight) -> Tensor:
         _write_out(described, start, block)
         torch.mm(inputs, block.t(), out=part)
     return out
-
-
-def check(status: int) -> None:
-    """Raise KernelUnavailable unless the library's answer is that all went well."""
-    if status:
-        raise KernelUnavailable(f"The native kernels stopped: {_FAILURES.get(status, f'status {status}')}.")

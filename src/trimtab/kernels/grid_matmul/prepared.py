@@ -78,7 +78,7 @@ class PreparedGrids:
             self._isa,
             torch.get_num_threads(),
         )
-        native.check(status)
+        library.check(status)
         outer, results, start = shape[:-1], [], 0
         if len(self._sizes) == 1:
             return (out.view(*outer, self._total),)

@@ -8,34 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _codes(w0, w1, w2, K: tl.constexpr, BITS: tl.constexpr):
-    """Code K of each lane, int32, from the lane's words (w1 and w2 only for 3 bits)."""
-    if BITS == 3:
-        if K == 15:
-            codes = ((w0 >> 15) & 1) | (((w1 >> 15) & 1) << 1) | (((w2 >> 15) & 1) << 2)
-        elif K < 5:
-            codes = (w0 >> (3 * K)) & 7
-        elif K < 10:
-            codes = (w1 >> (3 * (K - 5))) & 7
-        else:
-            codes = (w2 >> (3 * (K - 10))) & 7
-    else:
-        codes = (w0 >> (BITS * K)) & ((1 << BITS) - 1)
-    return codes
-
-
-@triton.jit
-def _load_words(row_start, at, lanes, mask, width, PLANES: tl.constexpr):
-    pointers = row_start + at + lanes[None, :]
-    w0 = tl.load(pointers, mask=mask, other=0).to(tl.int32)
-    w1 = w0
-    w2 = w0
-    if PLANES == 3:
-        w1 = tl.load(pointers + width, mask=mask, other=0).to(tl.int32)
-        w2 = tl.load(pointers + 2 * width, mask=mask, other=0).to(tl.int32)
-    return w0, w1, w2
+from trimtab.kernels.triton_packing import codes_at, load_words
 
 
 @triton.jit
@@ -113,9 +86,9 @@ def grid_matmul_program(
 
     first = split * blocks_per_split
     for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
-        w0, w1, w2 = _load_words(row_start, block * LANES * PLANES, lanes, row_ok[:, None], LANES, PLANES)
+        w0, w1, w2 = load_words(row_start, block * LANES * PLANES, lanes, row_ok[:, None], LANES, PLANES)
         for k in tl.static_range(CODES):
-            codes = _codes(w0, w1, w2, k, BITS)
+            codes = codes_at(w0, w1, w2, k, BITS)
             inputs = block * (LANES * CODES) + k * LANES + lanes
             values = tl.load(x_start + inputs[None, :], mask=batch_ok[:, None], other=0.0)
             if WHOLE_CHUNKS:
@@ -136,9 +109,9 @@ def grid_matmul_program(
         lane_ok = lanes < tail_lanes
         mask = row_ok[:, None] & lane_ok[None, :]
         start = tl.cast(blocks, tl.int64) * LANES
-        w0, w1, w2 = _load_words(row_start, start * PLANES, lanes, mask, tail_lanes, PLANES)
+        w0, w1, w2 = load_words(row_start, start * PLANES, lanes, mask, tail_lanes, PLANES)
         for k in tl.static_range(CODES):
-            codes = _codes(w0, w1, w2, k, BITS)
+            codes = codes_at(w0, w1, w2, k, BITS)
             inputs = start * CODES + k * tail_lanes + lanes
             ok = lane_ok & (inputs < in_features)
             values = tl.load(x_start + inputs[None, :], mask=batch_ok[:, None] & ok[None, :], other=0.0)

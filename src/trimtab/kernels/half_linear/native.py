@@ -13,8 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import KernelUnavailable
-from trimtab.kernels.library import DTYPES, LinearProblem, isa_limit, native_library
+from trimtab.kernels.library import DTYPES, LinearProblem, check, isa_limit, native_library
+from trimtab.kernels.refusals import GRADIENT
 
 MAX_ROWS = 8
 """Rows of x that one pass over the weight takes; with more, torch's blocked product is as good."""
@@ -22,7 +22,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def refuses(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why these arguments need another way, or None."""
+    """Why these arguments need another way, or None. Dense layers ask for every token: `refused` takes longer."""
     if not (x.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu)):
         return f"x is on {x.device} and weight on {weight.device}, native kernels read CPU memory"
     if weight.dtype not in _HALVES:
@@ -34,7 +34,7 @@ def refuses(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return "a gradient is wanted, which only the reference has"
+        return GRADIENT
     return None
 
 
@@ -56,8 +56,7 @@ def half_linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         x.numel() // in_features,
         torch.get_num_threads(),
     )
-    if status:
-        raise KernelUnavailable("The native kernels stopped: no instruction set they were built for is here.")
+    check(status)
     return out
 
 

@@ -14,11 +14,10 @@ import functools
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import KernelUnavailable
 from trimtab.kernels.int_matmul.reference import check_index
-from trimtab.kernels.library import DTYPES, IntProblem, isa_limit, native_library
+from trimtab.kernels.library import DTYPES, IntProblem, check, isa_limit, native_library
+from trimtab.kernels.refusals import refused
 
-_FAILURES = {1: "no instruction set it was built for is here", 2: "memory ran out"}
 _BAD_INDEX = 5
 
 
@@ -37,21 +36,7 @@ def refuses(
 ) -> str | None:
     """Why these arguments need another backend, or None."""
     tensors = {"x": x, "packed": packed, "weight_scales": weight_scales, "index": index, "row_sums": row_sums}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device}, native kernels read CPU memory"
-        if name != "x" and not tensor.is_contiguous():
-            return f"{name} of shape {list(tensor.shape)} is not contiguous"
-    if x.dtype not in DTYPES or weight_scales.dtype not in DTYPES:
-        return (
-            f"x is {x.dtype} and weight_scales are {weight_scales.dtype}; "
-            "native kernels take float32, float16 and bfloat16"
-        )
-    if torch.is_grad_enabled() and (x.requires_grad or weight_scales.requires_grad):
-        return "a gradient is wanted, which only the reference has"
-    return None
+    return refused(tensors, ("x", "weight_scales"))
 
 
 def int_matmul_native(
@@ -99,8 +84,7 @@ def int_matmul_native(
     )
     if status == _BAD_INDEX and index is not None:
         check_index(index, width)
-    if status:
-        raise KernelUnavailable(f"The native kernels stopped: {_FAILURES.get(status, f'status {status}')}.")
+    check(status)
     return out
 
 

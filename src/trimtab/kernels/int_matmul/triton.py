@@ -10,14 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.kernels.grid_matmul.triton import _interpreted, _wanted_programs, absent
 from trimtab.kernels.int_matmul.reference import check_index, round_inputs
-from trimtab.kernels.packing import LANES, codes_per_lane, words_per_lane
+from trimtab.kernels.triton_device import absent, packed_tiles, refused
 
 __all__ = ["absent", "int_matmul_triton", "refuses"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_SPLITS = 16
 
 
 def refuses(
@@ -34,23 +30,10 @@ def refuses(
     row_sums: Tensor | None = None,
 ) -> str | None:
     """Why these arguments need another backend, or None."""
-    wanted = "cpu" if _interpreted() else "cuda"
     tensors = {"x": x, "packed": packed, "weight_scales": weight_scales, "index": index, "row_sums": row_sums}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device.type != wanted or tensor.device != x.device:
-            return f"{name} is on {tensor.device} and x on {x.device}; Triton kernels want both on one {wanted} device"
-    if not packed.is_contiguous() or packed.data_ptr() % 2:
-        return f"packed of shape {list(packed.shape)} is not contiguous, or does not begin at an even address"
-    if x.dtype not in _DTYPES or weight_scales.dtype not in _DTYPES:
-        return (
-            f"x is {x.dtype} and weight_scales are {weight_scales.dtype}; "
-            "Triton kernels take float32, float16 and bfloat16"
-        )
-    if torch.is_grad_enabled() and (x.requires_grad or weight_scales.requires_grad):
-        return "a gradient is wanted, which only the reference has"
-    return None
+    if packed.data_ptr() % 2:
+        return "packed does not begin at an even address"
+    return refused(tensors, ("x", "weight_scales"), strided=tensors.keys() - {"packed"})
 
 
 def int_matmul_triton(
@@ -90,18 +73,9 @@ def _whole_products(inputs: Tensor, packed: Tensor, bits: int, in_features: int)
     from trimtab.kernels.int_matmul.triton_program import int_matmul_program
 
     rows, out_features = inputs.shape[0], packed.shape[0]
-    codes = codes_per_lane(bits)
-    blocks, rest = divmod(in_features, LANES * codes)
-    # A matrix product needs tiles of at least 16 rows; below that the programs multiply and add, two rows each.
-    use_dot = rows >= 8
-    block_b = (16 if rows <= 16 else 32) if use_dot else (1 if rows == 1 else 2)
-    block_o = 64 if use_dot else 32
-    tiles = -(-out_features // block_o) * -(-rows // block_b)
-    splits = max(1, min(_MAX_SPLITS, blocks, _wanted_programs(inputs.device) // tiles))
-    per_split = max(1, -(-blocks // splits))
-    splits = max(1, -(-blocks // per_split))
-    partial = torch.empty((splits, rows, out_features), dtype=torch.int32, device=inputs.device)
-    int_matmul_program[(-(-out_features // block_o), -(-rows // block_b), splits)](
+    cut = packed_tiles(rows, out_features, in_features, bits, inputs.device)
+    partial = torch.empty((cut.splits, rows, out_features), dtype=torch.int32, device=inputs.device)
+    int_matmul_program[cut.grid](
         inputs,
         packed.view(torch.int16),
         partial,
@@ -109,15 +83,10 @@ def _whole_products(inputs: Tensor, packed: Tensor, bits: int, in_features: int)
         out_features,
         in_features,
         packed.shape[1] // 2,
-        blocks,
-        -(-rest // codes),
-        per_split,
-        BITS=bits,
-        CODES=codes,
-        PLANES=words_per_lane(bits),
-        USE_DOT=use_dot,
-        BLOCK_B=block_b,
-        BLOCK_O=block_o,
+        cut.blocks,
+        cut.tail_lanes,
+        cut.per_split,
         num_warps=4,
+        **cut.constants,
     )
     return partial.sum(dim=0, dtype=torch.int32)

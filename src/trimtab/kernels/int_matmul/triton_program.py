@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimtab.kernels.grid_matmul.triton_program import _codes, _load_words
+from trimtab.kernels.triton_packing import codes_at, load_words
 
 
 @triton.jit
@@ -55,9 +55,9 @@ def int_matmul_program(
 
     first = split * blocks_per_split
     for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
-        w0, w1, w2 = _load_words(row_start, block * LANES * PLANES, lanes, row_ok[:, None], LANES, PLANES)
+        w0, w1, w2 = load_words(row_start, block * LANES * PLANES, lanes, row_ok[:, None], LANES, PLANES)
         for k in tl.static_range(CODES):
-            weights = (_codes(w0, w1, w2, k, BITS) - MIDDLE).to(tl.int8)
+            weights = (codes_at(w0, w1, w2, k, BITS) - MIDDLE).to(tl.int8)
             inputs = block * (LANES * CODES) + k * LANES + lanes
             values = tl.load(x_start + inputs[None, :], mask=batch_ok[:, None], other=0)
             sums += _whole_product(values, weights, USE_DOT)
@@ -67,9 +67,9 @@ def int_matmul_program(
         lane_ok = lanes < tail_lanes
         start = tl.cast(blocks, tl.int64) * LANES
         mask = row_ok[:, None] & lane_ok[None, :]
-        w0, w1, w2 = _load_words(row_start, start * PLANES, lanes, mask, tail_lanes, PLANES)
+        w0, w1, w2 = load_words(row_start, start * PLANES, lanes, mask, tail_lanes, PLANES)
         for k in tl.static_range(CODES):
-            weights = (_codes(w0, w1, w2, k, BITS) - MIDDLE).to(tl.int8)
+            weights = (codes_at(w0, w1, w2, k, BITS) - MIDDLE).to(tl.int8)
             inputs = start * CODES + k * tail_lanes + lanes
             ok = lane_ok & (inputs < in_features)
             values = tl.load(x_start + inputs[None, :], mask=batch_ok[:, None] & ok[None, :], other=0)

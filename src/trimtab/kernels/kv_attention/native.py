@@ -18,15 +18,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import ConfigError, KernelUnavailable
+from trimtab.core.errors import ConfigError
 from trimtab.kernels.kv_attention.run import CODE_BITS, EXACT_DTYPES, Lane, Rope, Run
-from trimtab.kernels.library import DTYPES, isa_limit, native_library
+from trimtab.kernels.library import DTYPES, check, isa_limit, native_library
+from trimtab.kernels.refusals import refused
 
 _RUN = struct.Struct("=10q15q6i")  # tt_kv_run of native/api.h
 _LANE = struct.Struct("=8q")  # tt_kv_lane
 _PROBLEM = struct.Struct("=14q8q2f2i")  # tt_kv_problem
-_FAILURES = {
-    2: "memory ran out",
+_MISFITS = {
     3: "runs of a lane have other heads or head dimensions, or its keys and values cover different tokens",
     4: "a run of keys has positions past the rotary table",
 }
@@ -45,12 +45,8 @@ def refuses(
     tail_visible: Tensor | None = None,
 ) -> str | None:
     """Why these arguments need another backend, or None."""
-    if query.device.type != "cpu":
-        return f"query is on {query.device}, native kernels read CPU memory"
-    if query.dtype not in DTYPES:
-        return f"query is {query.dtype}; native kernels take float32, float16 and bfloat16"
-    if query.requires_grad and torch.is_grad_enabled():
-        return "a gradient is wanted, which only the reference has"
+    if reason := refused({"query": query}, ("query",), strided=("query",)):
+        return reason
     for name, tensor, dtype in (
         ("bias", bias, torch.float32),
         ("first_visible", first_visible, torch.int64),
@@ -125,10 +121,9 @@ def kv_attention_native(
         b"".join(runs),
         torch.get_num_threads(),
     )
-    if status in (3, 4):
-        raise ConfigError(f"kv_attention cannot read these lanes: {_FAILURES[status]}.")
-    if status:
-        raise KernelUnavailable(f"The native kernels stopped: {_FAILURES.get(status, f'status {status}')}.")
+    if status in _MISFITS:
+        raise ConfigError(f"kv_attention cannot read these lanes: {_MISFITS[status]}.")
+    check(status)
     return out, lse
 
 

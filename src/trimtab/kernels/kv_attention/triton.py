@@ -20,13 +20,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.kernels.grid_matmul.triton import _interpreted, _wanted_programs, absent
 from trimtab.kernels.kv_attention.run import TILE, Lane, Rope
 from trimtab.kernels.kv_attention.triton_tables import Tables, make_tables, refused_lanes
+from trimtab.kernels.triton_device import absent, interpreted, refused, wanted_programs
 
 __all__ = ["absent", "kv_attention_triton", "refuses"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DIM = 256
 _MAX_QUERIES = 128
 """Queries of one KV head: they are all kept in registers."""
@@ -46,11 +45,8 @@ def refuses(
     tail_visible: Tensor | None = None,
 ) -> str | None:
     """Why these arguments need another backend, or None."""
-    wanted = "cpu" if _interpreted() else "cuda"
-    if query.device.type != wanted:
-        return f"query is on {query.device}; Triton kernels want a {wanted} device"
-    if query.dtype not in _DTYPES:
-        return f"query is {query.dtype}; Triton kernels take float32, float16 and bfloat16"
+    if reason := refused({"query": query}, ("query",), strided=("query",)):
+        return reason
     if query.shape[3] > _MAX_DIM or query.shape[3] % 8:
         return f"heads have size {query.shape[3]}; the Triton program takes multiples of 8 up to {_MAX_DIM}"
     others = {"bias": bias, "first_visible": first_visible, "tail_visible": tail_visible}
@@ -60,8 +56,6 @@ def refuses(
             return f"{name} is on {tensor.device} and query on {query.device}"
     if lanes and queries_per_head(query, lanes) > _MAX_QUERIES:
         return f"{queries_per_head(query, lanes)} queries share a KV head; the Triton program takes {_MAX_QUERIES}"
-    if torch.is_grad_enabled() and query.requires_grad:
-        return "a gradient is wanted, which only the reference has"
     return refused_lanes(lanes, query.device, rope is not None)
 
 
@@ -146,7 +140,7 @@ def attend(
             Q=max(16, _power_of_two(queries)),  # a matrix product has 16 rows or more
             TILES=_TILES,
             # The interpreter's matrix product reads bfloat16 as integers.
-            DOT="float32" if _interpreted() else str(query.dtype).removeprefix("torch."),
+            DOT="float32" if interpreted() else str(query.dtype).removeprefix("torch."),
             num_warps=4,
             **shape,
         )
@@ -172,7 +166,7 @@ def item_tokens(lanes: Sequence[Lane], device: torch.device) -> int:
     """Tokens of an item, whole steps, so that there are about as many programs as keep the device busy."""
     step = TILE * _TILES
     total = sum(lane.tokens * len(lane.heads) for lane in lanes)
-    return max(1, -(-total // (_wanted_programs(device) * step))) * step
+    return max(1, -(-total // (wanted_programs(device) * step))) * step
 
 
 def _power_of_two(n: int) -> int:

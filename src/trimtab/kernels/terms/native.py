@@ -13,8 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import KernelUnavailable
-from trimtab.kernels.library import DTYPES, TermProblem, isa_limit, native_library
+from trimtab.kernels.library import DTYPES, TermProblem, check, isa_limit, native_library
+from trimtab.kernels.refusals import refused
 
 MAX_ROWS = 8
 _HALVES = (torch.bfloat16, torch.float16)
@@ -35,18 +35,11 @@ def sparse_refuses(out: Tensor, x: Tensor, values: Tensor, columns: Tensor, offs
 
 
 def _refuses(out: Tensor, x: Tensor, term: dict[str, Tensor]) -> str | None:
-    for name, tensor in {"out": out, "x": x, **term}.items():
-        if not tensor.is_cpu:
-            return f"{name} is on {tensor.device}, native kernels read CPU memory"
-        if name != "x" and not tensor.is_contiguous():
-            return f"{name} of shape {list(tensor.shape)} is not contiguous"
-    if x.dtype not in DTYPES or out.dtype != x.dtype:
-        return f"x is {x.dtype} and out {out.dtype}; both must be the same of float32, float16 and bfloat16"
+    if out.dtype != x.dtype:
+        return f"x is {x.dtype} and out {out.dtype}; both must have one dtype"
     if x.shape.numel() > MAX_ROWS * x.shape[-1]:
         return f"x of shape {list(x.shape)} has more than {MAX_ROWS} rows"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, x, *term.values())):
-        return "a gradient is wanted, which only the reference has"
-    return None
+    return refused({"out": out, "x": x, **term}, ("x",))
 
 
 def low_rank_add_native(out: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -55,7 +48,7 @@ def low_rank_add_native(out: Tensor, x: Tensor, left: Tensor, right: Tensor) -> 
         return out
     rank, in_features = right.shape
     x = x.contiguous()
-    _check(
+    check(
         native_library().tt_low_rank_add(
             _problem(left.shape[0], in_features, rank, left.dtype, x.dtype, isa_limit()),
             x.data_ptr(),
@@ -74,7 +67,7 @@ def sparse_add_native(out: Tensor, x: Tensor, values: Tensor, columns: Tensor, o
     if not out.numel() or not values.numel():
         return out
     x = x.contiguous()
-    _check(
+    check(
         native_library().tt_sparse_add(
             _problem(offsets.shape[0] - 1, x.shape[-1], values.shape[0], values.dtype, x.dtype, isa_limit()),
             x.data_ptr(),
@@ -95,8 +88,3 @@ def _problem(
 ) -> ctypes.Array[TermProblem]:
     """The description that a call passes by address, kept because building it costs as much as a small product."""
     return (TermProblem * 1)(TermProblem(out_features, in_features, size, DTYPES[dtype], DTYPES[x], isa))
-
-
-def _check(status: int) -> None:
-    if status:
-        raise KernelUnavailable("The native kernels stopped: memory ran out, or no instruction set they know is here.")

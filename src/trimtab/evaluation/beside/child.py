@@ -1,8 +1,8 @@
 """The process that measures one system: its memory, threads and failures are its own.
 
-    python -m trimtab.evaluation.kv_decode.child JOB
+    python -m trimtab.evaluation.beside.child JOB
 
-JOB is JSON: the package of the benchmark, the system's opener and options, the model's directory, the setting. The
+JOB is JSON: the package of the benchmark, the system's opener and options, the directory, the setting. The
 package's module `measure` has `Setting` and `measure`. The last line of standard output is one JSON object.
 """
 
@@ -22,7 +22,7 @@ def measure_job(job: dict[str, Any]) -> dict[str, Any]:
     opener = getattr(importlib.import_module(f"{job['package']}.{module}"), function)
     bench = importlib.import_module(f"{job['package']}.measure")
     setting = bench.Setting(**job["setting"])
-    session = opener(Path(job["model"]), setting, **job["options"])
+    session = opener(Path(job["folder"]), setting, **job["options"])
     loaded = memory("VmRSS")
     figures = bench.measure(session, setting)
     return {"loaded_rss_bytes": loaded, "peak_rss_bytes": memory("VmHWM"), **figures}
