@@ -17,12 +17,13 @@ from trimtab.decoding._decoder import exact_cache
 from trimtab.decoding._distribution import Distribution, Warp
 from trimtab.decoding._loop import Loop, NoDraft
 from trimtab.decoding._proposers.chain import Chain
-from trimtab.decoding._reader import Exit, ModelReader, Rows
+from trimtab.decoding._reader import ModelReader, Rows
 from trimtab.decoding._rules.token import SampleRule, TokenRule
 from trimtab.decoding._transforms.dola import Bucket, Divergence, DolaTransform, bucket, distances
 from trimtab.decoding.dola import Dola
 from trimtab.evaluation.exactness import TableModel, check_pairs, exact_pairs
 from trimtab.evaluation.exactness.table import TableReader
+from trimtab.models.early_exits import Exit
 from trimtab.models.random import ALL_FAMILIES, random_model
 from trimtab.models.views import ModelView
 

@@ -29,9 +29,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from trimtab.core.errors import CompositionError
 from trimtab.decoding._decoder import Decoder
 from trimtab.decoding._distribution import Prefixes
-from trimtab.decoding._reader import Exit, Rows
+from trimtab.decoding._reader import Rows
 from trimtab.decoding._sampling import Sampling
 from trimtab.decoding.base import DecodingMethod
+from trimtab.models.early_exits import Exit
 
 _OWN_PROCESSORS = (
     TemperatureLogitsWarper,

@@ -12,11 +12,12 @@ from trimtab.decoding._distribution import Distribution, LogitsTransform, Warp
 from trimtab.decoding._joint import JointReader
 from trimtab.decoding._loop import Generation, Loop, NoDraft, OnTokens
 from trimtab.decoding._named import check_tokens, named_model
-from trimtab.decoding._reader import Exit, ModelReader, Reader
+from trimtab.decoding._reader import ModelReader, Reader
 from trimtab.decoding._rules.token import GreedyRule, SampleRule
 from trimtab.decoding._sampling import Sampling
 from trimtab.decoding.base import DecodingMethod, Drafting, DraftSetting
 from trimtab.models import tokenizer_of
+from trimtab.models.early_exits import Exit
 from trimtab.models.segments import CachePlan, HeadPlan, SegmentCache, TensorPlan
 from trimtab.models.views import ModelView
 from trimtab.tensors.kv.codec import KVCodec

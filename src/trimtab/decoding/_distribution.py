@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trimtab.decoding._reader import Exit, Rows
+from trimtab.decoding._reader import Rows
 from trimtab.decoding._sampling import Sampling, probabilities
+from trimtab.models.early_exits import Exit
 
 Prefixes = Callable[[int], Sequence[int]]
 """Row -> all tokens of the text up to and with the one that the row follows, drafted ones included."""

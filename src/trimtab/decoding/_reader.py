@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,19 +13,8 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import DataError
 from trimtab.decoding._tree import ROOT
+from trimtab.models.early_exits import EarlyExits, Exit
 from trimtab.models.segments import SegmentCache
-from trimtab.models.views import ModelView
-
-
-class Exit(NamedTuple):
-    """Where a model answers early: what leaves a block is put through the output head.
-
-    block        1: the first; 0: the embeddings
-    normalised   through the final norm before
-    """
-
-    block: int
-    normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class ModelReader:
     ) -> None:
         self.model = model
         self.cache = new_cache(model)
-        self.exits = tuple(exits)
+        self._exits = EarlyExits(model, exits) if exits else None
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.forwards = 0
@@ -134,31 +124,20 @@ class ModelReader:
         self._columns += width
         mask = self._mask(held, width)
         device = self.model.device
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exits.listening() if self._exits else nullcontext({}) as early:
             output = self.model(
                 input_ids=ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
                 position_ids=positions.to(device),
                 past_key_values=self.cache,
                 use_cache=True,
-                output_hidden_states=bool(self.exits),
             )
-            early = self._early(output.hidden_states)
         self.forwards += 1
         logits = output.logits.float()
         return [
-            Rows(logits[row, : len(own)], {place: found[row, : len(own)] for place, found in early.items()})
+            Rows(logits[row, : len(own)], {place: found[row, : len(own)].float() for place, found in early.items()})
             for row, own in enumerate(tokens)
         ]
-
-    def _early(self, hidden: Sequence[Tensor]) -> dict[Exit, Tensor]:
-        """Exit -> logits [R, T, V]: one product with the head for all exits, which reads its weights once."""
-        if not self.exits:
-            return {}
-        norm = ModelView.of(self.model).final_norm
-        asked = torch.stack([norm(hidden[e.block]) if e.normalised else hidden[e.block] for e in self.exits])
-        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return dict(zip(self.exits, head(asked).float().unbind(0), strict=True))
 
     def _mask(self, held: int, width: int) -> Tensor | None:
         """bool [R, 1, width, held + drafted columns]; None where every token sees all before it."""

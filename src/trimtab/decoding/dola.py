@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError
 from trimtab.decoding._distribution import LogitsTransform
-from trimtab.decoding._reader import Exit
 from trimtab.decoding._transforms.dola import Bucket, Divergence, DolaTransform, bucket
 from trimtab.decoding.base import DecodingMethod
+from trimtab.models.early_exits import Exit
 from trimtab.models.views import ModelView
 
 __all__ = ["Dola"]

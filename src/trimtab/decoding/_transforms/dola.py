@@ -11,7 +11,8 @@ from torch import Tensor
 
 from trimtab.core.errors import ConfigError
 from trimtab.decoding._distribution import Prefixes
-from trimtab.decoding._reader import Exit, Rows
+from trimtab.decoding._reader import Rows
+from trimtab.models.early_exits import Exit
 
 Bucket = Literal["low", "high"]
 Divergence = Literal["true", "official"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from trimtab.decoding._distribution import Prefixes
-from trimtab.decoding._reader import Exit, Rows
+from trimtab.decoding._reader import Rows
+from trimtab.models.early_exits import Exit
 
 TUNED, UNTUNED = "tuned", "untuned"
 

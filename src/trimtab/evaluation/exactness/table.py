@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import DataError
-from trimtab.decoding._reader import Exit, Rows
+from trimtab.decoding._reader import Rows
 from trimtab.decoding._tree import ROOT
+from trimtab.models.early_exits import Exit
 
 VOCABULARY = 5
 CONCENTRATION = 0.7
