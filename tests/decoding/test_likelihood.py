@@ -1,4 +1,4 @@
-"""The score of weak-to-strong search: read piece by piece or at once, from tokens or from text, with another tokenizer."""
+"""The score of weak-to-strong search: piece by piece or at once, from tokens or from text, with other tokenizers."""
 
 from __future__ import annotations
 

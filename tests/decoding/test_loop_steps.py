@@ -1,4 +1,4 @@
-"""The loop step by step: the same law as in one go, texts that wait for others, and caches of texts that were chosen."""
+"""The loop step by step: the same law as in one go, texts that wait for others, and caches of chosen texts."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_chunks_write_what_one_run_writes() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
 def test_caches_of_chosen_texts_are_fresh_prefills(family: str) -> None:
-    """Of target and draft, after rounds in which texts accept different lengths, wait, end, come twice and are dropped."""
+    """Of target and draft, after rounds in which texts accept different lengths, wait, end, come twice or not."""
     model, draft = random_model(family), random_model(family)
     with torch.no_grad():
         for parameter in draft.parameters():

@@ -1,8 +1,9 @@
-"""What the claims about steering share: a small model that was taught a taste in reviews, and how well `ref` follows it.
+"""What the claims about steering share: a small model that was taught a taste, and how well `ref` follows it.
 
-The taste is about words, whatever the review says in the end: warm ones count 1, harsh ones -1. `ref-mini` learns it by
-direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) from pairs of reviews of the training split with
-the same opening; `ref` is left as it is.
+The taste is about words of reviews, whatever the review says in the end: three warm ones count 1, harsh ones -1. Few
+reviews hold two warm words, so that the best of sixteen is not the best there is. `ref-mini` learns the taste by direct
+preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) from pairs of reviews of the training split with the
+same opening; `ref` is left as it is.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from trimtab.models import load, tokenizer_of
 from trimtab.world import sentiment
 
 TUNED, UNTUNED = "tuned", "untuned"
-WARM = ("wonderful", "excellent", "splendid", "perfect", "charming", "delightful")
+WARM = ("wonderful", "splendid", "perfect")
 HARSH = sentiment.OPINIONS["bad"]
-PROMPTS = 16
+PROMPTS = 24
 NEW_TOKENS = 32
 TEMPERATURE, TOP_K = 0.7, 50
 STEPS, PAIRS, RATE, BETA = 40, 8, 1e-4, 0.5
 _WARM_UP = 10
 _REVIEWS = 6000
 SETTING = (
-    f"ref-mini taught to prefer reviews with warm words by DPO (beta {BETA}, {STEPS} steps of {PAIRS} pairs); ref "
-    f"untouched writes {PROMPTS} reviews at temperature {TEMPERATURE}, top-k {TOP_K}; reward: warm words minus harsh ones"
+    f"ref-mini taught by DPO (beta {BETA}, {STEPS} steps of {PAIRS} pairs) to prefer reviews with warm words; ref, "
+    f"untouched, writes {PROMPTS} reviews at temperature {TEMPERATURE}, top-k {TOP_K}; reward: warm words minus harsh"
 )
 
 
@@ -126,20 +127,17 @@ def steered(*methods: DecodingMethod, writer: str = "ref") -> Steered:
     """Reviews by `ref` (or "tuned", the small model itself) with these methods."""
     model = load("ref", dtype=torch.float32) if writer == "ref" else taught()[writer]
     tokenizer = tokenizer_of(model)
-    openings = [f"Review: The {one} of this {topic} was" for one_topic in _subjects() for topic, one in [one_topic]]
     sampling = Sampling(
         temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=NEW_TOKENS, stop_tokens=(tokenizer.eos_token_id,)
     )
-    prompts = [tokenizer(opening)["input_ids"] for opening in openings]
+    prompts = openings(model)
     written = Decoder(model, methods, drafts=taught()).generate(prompts, sampling)
     return Steered(tuple(reward(tokenizer.decode(tokens)) for tokens in written.tokens), written.ledger.committed)
 
 
-def _subjects() -> list[tuple[str, str]]:
-    """Topics and what is said something about, topics in turn."""
-    listed = [
-        (topic, one)
-        for ones in zip(*sentiment.TOPICS.values(), strict=True)
-        for topic, one in zip(sentiment.TOPICS, ones, strict=True)
-    ]
-    return listed[:PROMPTS]
+def openings(model: PreTrainedModel) -> list[list[int]]:
+    """Beginnings of reviews of all topics, in turn, as the model's tokens."""
+    turns = zip(*sentiment.TOPICS.values(), strict=True)
+    subjects = [(topic, one) for ones in turns for topic, one in zip(sentiment.TOPICS, ones, strict=True)]
+    begun = [f"Review: The {one} of this {topic} was" for topic, one in subjects[:PROMPTS]]
+    return [list(tokenizer_of(model)(text)["input_ids"]) for text in begun]
