@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from trimtab.core.errors import ConfigError, NumericsError
+from trimtab.evaluation.beside.base import Benchmark
 from trimtab.evaluation.decodings import equal_until
-from trimtab.evaluation.kv_decode.measure import Benchmark, spread
+from trimtab.evaluation.kv_decode.measure import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class Setting(Benchmark):
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "seed" and value < 1:
-                raise ConfigError(f"{self.bench}: {name} must be at least 1, but is {value}.")
+            if name != "seed" and value < (2 if name == "prompts" else 1):
+                raise ConfigError(f"{self.bench}: {name} is {value}, which is too few.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Session(Protocol):
 def measure(session: Session, setting: Setting) -> dict[str, Any]:
     """tokens_per_s_median over the prompts, one untimed text before; tokens_per_target_forward; accepted_by_depth.
 
-    tokens   of all texts, for the comparison with the others: the target is in float32, so all write the same
+    texts   for the comparison with those of other systems
     """
     session.write(session.prompts[0])
     rates, written = [], []
@@ -74,7 +75,7 @@ def measure(session: Session, setting: Setting) -> dict[str, Any]:
         "spread": spread(rates),
         "tokens_per_target_forward": tokens / sum(text.target_forwards for text in written),
         "accepted_by_depth": _summed(depths) if depths else None,
-        "tokens": [text.tokens for text in written],
+        "texts": [text.tokens for text in written],
     }
 
 

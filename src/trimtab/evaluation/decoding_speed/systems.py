@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.core.errors import ConfigError, did_you_mean
-from trimtab.evaluation.kv_decode.systems import System
+from trimtab.evaluation.beside.base import System
 
 
 def _own(name: str, method: str | None = None, draft: str = "ref-mini", adapt: bool = False, **options: Any) -> System:

@@ -17,8 +17,8 @@ T = TypeVar("T")
 SHORT = 64
 """Tokens of the short context; what a step costs there is subtracted to leave the attention over the rest."""
 PARITY_BOUND = 3e-2
-"""Relative RMS error of the logits in bfloat16 against the reference kernels, which round elsewhere: 1.3e-2 for grids and
-2.1e-2 for tables, whose levels are rounded to bfloat16 too, after eight layers. A wrong kernel is far above it."""
+"""Relative RMS error of the logits in bfloat16 against the reference kernels, which round elsewhere: 1.3e-2 for grids
+and 2.1e-2 for tables, whose levels are rounded to bfloat16 too, after eight layers. A wrong kernel is far above it."""
 _ENOUGH_SECONDS = 20.0
 
 

@@ -29,7 +29,9 @@ BLOCK_WEIGHTS = 1 << 24
 def refuses(x: Tensor, weights: Sequence[GridWeight]) -> str | None:
     """Why these arguments need another backend, or None."""
     for weight in weights:
-        if reason := refused({"x": x, **weight.tensors()}, ("x", "scales")):
+        # not `weight.tensors()`: leaving out what is not there takes time, and this is asked for every product
+        named = {"packed": weight.packed, "scales": weight.scales, "zeros": weight.zeros, "levels": weight.levels}
+        if reason := refused({"x": x, **named}, ("x", "scales")):
             return reason
     return None
 
