@@ -38,13 +38,12 @@ class DolaTransform:
         self.divergence = divergence
 
     def __call__(self, logits: Tensor, rows: Rows, prefixes: Prefixes) -> Tensor:
-        mature = torch.log_softmax(logits, dim=-1)
-        early = torch.log_softmax(torch.stack([rows.early[place] for place in self.exits]), dim=-1)  # [J, n, V]
-        if len(self.exits) == 1:
-            premature = early[0]
-        else:
-            farthest = distances(mature, early, self.divergence).argmax(dim=0)
-            premature = early[farthest, torch.arange(len(mature), device=mature.device)]
+        answers = torch.stack([*(rows.early[place] for place in self.exits), logits])
+        *early, mature = log_probs = torch.log_softmax(answers, dim=-1)  # [J + 1, n, V]
+        premature = early[0]
+        if len(early) > 1:
+            farthest = distances(log_probs, self.divergence).argmax(dim=0)
+            premature = log_probs[farthest, torch.arange(len(mature), device=mature.device)]
         contrast = mature - premature
         if self.relative_top == 0:
             return contrast
@@ -52,13 +51,14 @@ class DolaTransform:
         return contrast.masked_fill(mature < limit, -torch.inf)
 
 
-def distances(mature: Tensor, early: Tensor, divergence: Divergence) -> Tensor:
-    """[J, n] between log-probabilities mature [n, V] and early [J, n, V], in nats."""
-    last, first = mature.exp(), early.exp()
-    mean = (last + first) / 2
+def distances(log_probs: Tensor, divergence: Divergence) -> Tensor:
+    """[J, n] in nats, of all but the last of log-probabilities [J + 1, n, V] from the last."""
+    probs = log_probs.exp()
+    mean = (probs[:-1] + probs[-1]) / 2
     if divergence == "true":
-        return _entropy(mean) - (_entropy(last) + _entropy(first)) / 2
-    return (mean * (mean.log() - (mature + early) / 2)).nan_to_num(nan=0.0).sum(-1)
+        entropy = _entropy(probs)
+        return _entropy(mean) - (entropy[:-1] + entropy[-1]) / 2
+    return (mean * (mean.log() - (log_probs[:-1] + log_probs[-1]) / 2)).nan_to_num(nan=0.0).sum(-1)
 
 
 def _entropy(probs: Tensor) -> Tensor:
