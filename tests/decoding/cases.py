@@ -1,4 +1,4 @@
-"""One line per drafting method and set of options; the suite of test_drafting.py runs every check on every line."""
+"""One line per method and set of options: drafting in CASES, what changes what is decoded in STEERING."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.decoding.base import DecodingMethod
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A method with small drafts. `bad`: options that it refuses, each with a part of the message."""
+    """A method with options. `bad`: options that it refuses, each with a part of the message."""
 
     name: str
     options: dict[str, Any]
@@ -73,3 +73,36 @@ CASES = [
 ]
 FIRST = list({case.name: case for case in reversed(CASES)}.values())
 """One for each method."""
+PAIR = {"tuned": "tuned", "untuned": "ref-mini"}
+STEERING = [
+    Case(
+        name="dola",
+        options={},
+        bad=(
+            ({"relative_top": 1.5}, "relative_top is 1.5"),
+            ({"relative_top": -0.1}, "relative_top is -0.1"),
+            ({"layers": ()}, "layers is empty"),
+            ({"layers": "middle"}, "layers='middle'"),
+            ({"divergence": "other"}, "divergence='other'"),
+        ),
+    ),
+    Case(
+        name="dola", options={"layers": (0, 2), "relative_top": 0.3, "divergence": "official", "norm_premature": True}
+    ),
+    Case(name="dola", options={"layers": (1,), "relative_top": 0.0}),
+    Case(name="eft", options={**PAIR, "beta": 1.5}, bad=(({"beta": "much"}, "beta='much'"),)),
+    Case(
+        name="weak_to_strong",
+        options={**PAIR, "width": 2, "successors": 2, "chunk": 3},
+        bad=(
+            ({"width": 0}, "width is 0; it must be at least 1"),
+            ({"successors": 0}, "successors is 0; it must be at least 1"),
+            ({"chunk": -1}, "chunk is -1; it must be at least 0"),
+            ({"tuned_template": "none"}, r"tuned_template does not say where the prompt goes; write \{prompt\} there"),
+        ),
+    ),
+    Case(
+        name="weak_to_strong",
+        options={**PAIR, "width": 1, "chunk": 0, "normalise": True, "untuned_template": "Say: {prompt}"},
+    ),
+]

@@ -32,6 +32,7 @@ from trimtab.decoding._distribution import Prefixes
 from trimtab.decoding._reader import Rows
 from trimtab.decoding._sampling import Sampling
 from trimtab.decoding.base import DecodingMethod
+from trimtab.models.early_exits import Exit
 
 _OWN_PROCESSORS = (
     TemperatureLogitsWarper,
@@ -47,7 +48,7 @@ _SEEDS = 2**31
 class Processors:
     """Logits processors of transformers as a transform: each row with its own prefix, drafted tokens included."""
 
-    early_layers: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = ()
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         self._processors = processors

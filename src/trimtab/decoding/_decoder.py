@@ -9,14 +9,15 @@ from transformers import PreTrainedModel
 from trimtab.core.errors import CompositionError, DataError
 from trimtab.decoding._controller import Controller
 from trimtab.decoding._distribution import Distribution, LogitsTransform, Warp
-from trimtab.decoding._drafts import draft_model
 from trimtab.decoding._joint import JointReader
 from trimtab.decoding._loop import Generation, Loop, NoDraft, OnTokens
+from trimtab.decoding._named import check_tokens, named_model
 from trimtab.decoding._reader import ModelReader, Reader
 from trimtab.decoding._rules.token import GreedyRule, SampleRule
 from trimtab.decoding._sampling import Sampling
 from trimtab.decoding.base import DecodingMethod, Drafting, DraftSetting
 from trimtab.models import tokenizer_of
+from trimtab.models.early_exits import Exit
 from trimtab.models.segments import CachePlan, HeadPlan, SegmentCache, TensorPlan
 from trimtab.models.views import ModelView
 from trimtab.tensors.kv.codec import KVCodec
@@ -30,9 +31,9 @@ class Decoder:
 
     new_cache   for each generation, an empty transactional cache of the target, such as `tt.cache.Kivi(bits=4).new`;
                 None: exact keys and values. Drafts keep theirs exact
-    drafts      name -> model, for what methods name as their `draft`; others are loaded
+    drafts      name -> model, for what methods name in their options, as `draft`, `tuned`; others are loaded
     adapt       leave out drafts while they cost more than they save (Controller); False: draft always
-    before      transforms that come before the methods'
+    before      transforms between the methods' and those of `Sampling`
 
     Raises CompositionError for two methods that draft, or two that search.
     """
@@ -52,8 +53,9 @@ class Decoder:
         self.new_cache = new_cache or exact_cache
         self.adapt = adapt
         self._before = tuple(before)
-        self._drafts = dict(drafts or {})
-        self._companions = {name: other for m in self.methods for name, other in m.companions(model).items()}
+        self._named = dict(drafts or {})
+        self._alike: set[str] = set()
+        self._companions = {name: other for m in self.methods for name, other in m.companions(self.named).items()}
         for part, own in (("drafting", DecodingMethod.drafting), ("search", DecodingMethod.search)):
             able = [m.name() for m in self.methods if getattr(type(m), part) is not own]
             if len(able) > 1:
@@ -82,18 +84,16 @@ class Decoder:
         distribution = self.distribution(sampling)
         drafting = self._drafting(sampling)
         controller = Controller(fixed=None if self.adapt else True)
-        return Loop(
-            self.reader(rows, distribution.early_layers), distribution, drafting.proposer, drafting.rule, controller
-        )
+        return Loop(self.reader(rows, distribution.exits), distribution, drafting.proposer, drafting.rule, controller)
 
     def distribution(self, sampling: Sampling) -> Distribution:
         """What is decoded: the methods' transforms in their order, then `sampling`."""
         transforms = [t for method in self.methods for t in method.transforms(self.model)]
-        return Distribution([*self._before, *transforms, Warp(sampling)])
+        return Distribution([*transforms, *self._before, Warp(sampling)])
 
-    def reader(self, rows: int, early_layers: Sequence[int] = ()) -> Reader:
+    def reader(self, rows: int, exits: Sequence[Exit] = ()) -> Reader:
         """The target for so many texts, together with the methods' companions."""
-        own = ModelReader(self.model, rows, self.new_cache, early_layers)
+        own = ModelReader(self.model, rows, self.new_cache, exits)
         if not self._companions:
             return own
         return JointReader(own, {n: ModelReader(other, rows, exact_cache) for n, other in self._companions.items()})
@@ -101,7 +101,7 @@ class Decoder:
     def _drafting(self, sampling: Sampling) -> Drafting:
         setting = DraftSetting(
             sampling,
-            lambda name: lambda rows: ModelReader(self._draft(name), rows, exact_cache),
+            lambda name: lambda rows: ModelReader(self.named(name), rows, exact_cache),
             lambda temperature: Distribution([Warp(sampling.at(temperature))]),
             self._positions,
         )
@@ -110,10 +110,17 @@ class Decoder:
                 return found
         return Drafting(NoDraft(), GreedyRule() if sampling.temperature == 0 else SampleRule())
 
-    def _draft(self, name: str) -> PreTrainedModel:
-        if name not in self._drafts:
-            self._drafts[name] = draft_model(name, self.model)
-        return self._drafts[name]
+    def named(self, name: str, *, same_tokens: bool = True) -> PreTrainedModel:
+        """The model that a method's option names, loaded once.
+
+        Raises CompositionError if its tokens are not the model's, unless they need not be, and what loading raises.
+        """
+        if name not in self._named:
+            self._named[name] = named_model(name, self.model)
+        if same_tokens and name not in self._alike:
+            check_tokens(self._named[name], self.model, name)
+            self._alike.add(name)
+        return self._named[name]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones left out."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.decoding._reader import Rows
 from trimtab.decoding._sampling import Sampling, probabilities
+from trimtab.models.early_exits import Exit
 
 Prefixes = Callable[[int], Sequence[int]]
 """Row -> all tokens of the text up to and with the one that the row follows, drafted ones included."""
@@ -18,10 +19,10 @@ Prefixes = Callable[[int], Sequence[int]]
 class LogitsTransform(Protocol):
     """One step from what models say to what is drawn from. Pure: no chance, no memory, one row at a time.
 
-    early_layers   blocks whose early answers it reads in `Rows.early`
+    exits   whose answers it reads in `Rows.early`
     """
 
-    early_layers: tuple[int, ...]
+    exits: tuple[Exit, ...]
 
     def __call__(self, logits: Tensor, rows: Rows, prefixes: Prefixes) -> Tensor:
         """logits [n, V] float32 of the steps before -> [n, V] float32; -inf is impossible."""
@@ -33,7 +34,7 @@ class Warp:
     Temperature 0 leaves the likeliest token alone; of equals the one with the lowest id.
     """
 
-    early_layers: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = ()
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -88,9 +89,9 @@ class Distribution:
         self.transforms = tuple(transforms)
 
     @property
-    def early_layers(self) -> tuple[int, ...]:
+    def exits(self) -> tuple[Exit, ...]:
         """All that the transforms read."""
-        return tuple(sorted({layer for transform in self.transforms for layer in transform.early_layers}))
+        return tuple(sorted({place for transform in self.transforms for place in transform.exits}))
 
     def __call__(self, rows: Rows, prefixes: Prefixes) -> Tensor:
         logits = rows.logits

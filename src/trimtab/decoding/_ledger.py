@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from trimtab.decoding._tree import DraftTree
 
-Phase = Literal["prefill", "draft", "verify", "accept", "commit"]
+Phase = Literal["prefill", "draft", "verify", "accept", "commit", "score"]
 
 
 @dataclass
@@ -27,7 +27,8 @@ class DecodingLedger:
     drafted_by_depth     nodes drafted at depth 1, 2, ...; tokens drawn several times count once
     accepted_by_depth    those that became text
     accepted_by_rank     by their place among their siblings
-    seconds              by phase: prefill, draft, verify, accept, commit
+    score_forwards       forward passes of the models by which a search chooses among texts
+    seconds              by phase: prefill, draft, verify, accept, commit, score
     """
 
     rounds: int = 0
@@ -39,6 +40,7 @@ class DecodingLedger:
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     accepted_by_rank: list[int] = field(default_factory=list)
+    score_forwards: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

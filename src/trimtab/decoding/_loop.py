@@ -55,6 +55,9 @@ class NoDraft(Proposer):
 class Loop:
     """Decode with one target. Rows of a batch do not influence each other: what they draw, and when they end.
 
+    `run` writes texts from beginning to end. A search goes step by step instead: `start`, then `advance` by some tokens
+    and `select` the texts to go on with, as often as it likes, then `generation`.
+
     target         reader of the model whose distribution is decoded, for as many texts as there are
     distribution   what its rows become
     proposer       of drafts
@@ -78,6 +81,9 @@ class Loop:
         self._proposer = proposer
         self._rule = rule
         self._controller = Controller(fixed=True) if controller is None else controller
+        self.ledger = DecodingLedger()
+        self.texts: list[Text] = []
+        self._live: list[Text] = []  # those that the readers hold, in their order
 
     def run(
         self,
@@ -91,57 +97,103 @@ class Loop:
 
         Raises DataError for an empty prompt.
         """
+        self.start(prompts, sampling, decode=decode)
+        self.advance(on_tokens=on_tokens)
+        return self.generation()
+
+    def start(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, decode: Decode | None = None) -> None:
+        """Read every prompt; what `texts` is from now on. Raises DataError for an empty one."""
         if not prompts or any(not prompt for prompt in prompts):
             raise DataError("a prompt holds no token; every text needs at least one to go on from.")
-        generators = sampling.generators(len(prompts))
-        texts = [_Text(row, list(prompt), generators[row]) for row, prompt in enumerate(prompts)]
-        ends = _Ends(sampling, decode)
-        ledger = DecodingLedger()
-        with ledger.phase("prefill"):
-            self._target.prefill([text.tokens[:-1] for text in texts])
-        before, live = self._target.forwards, list(texts)
-        while live:
+        self._ends = _Ends(sampling, decode)
+        self._generators = sampling.generators(len(prompts))
+        self._sampling = sampling
+        self.texts = [Text(row, list(prompt)) for row, prompt in enumerate(prompts)]
+        self._live = list(self.texts)
+        with self.ledger.phase("prefill"):
+            self._target.prefill([text.tokens[:-1] for text in self.texts])
+        self._before = self._target.forwards
+
+    def advance(self, tokens: int | None = None, *, on_tokens: OnTokens | None = None) -> None:
+        """Write so many more tokens of each text (None: all), fewer of those that end."""
+        most = self._sampling.max_new_tokens
+        for text in self._live:
+            text.goal = most if tokens is None else min(most, len(text.new) + tokens)
+        while any(text.wants for text in self._live):
             start = time.perf_counter()
             drafts = self._controller.wants_draft() and self._proposer.depth > 0
-            new = self._round(live, ends, drafts, ledger)
-            self._controller.note(time.perf_counter() - start, sum(map(len, new)) / len(live), drafted=drafts)
+            writing = [text for text in self._live if text.wants]
+            new = self._round(drafts)
+            written = sum(map(len, new)) / len(writing)
+            self._controller.note(time.perf_counter() - start, written, drafted=drafts)
             if on_tokens is not None:
-                for text, tokens in zip(live, new, strict=True):
-                    on_tokens(text.row, tokens)
-            kept = [place for place, text in enumerate(live) if text.finish is None]
-            if len(kept) < len(live):
-                live = [live[place] for place in kept]
-                if live:
-                    self._target.select(kept)
-                    self._proposer.select(kept)
-        ledger.target_forwards = self._target.forwards - before
-        ledger.draft_forwards = self._proposer.forwards
-        return Generation([text.new for text in texts], [text.ended for text in texts], ledger)
+                for text, found in zip(writing, new, strict=True):
+                    on_tokens(text.row, found)
+            kept = [place for place, text in enumerate(self._live) if text.finish is None]
+            if len(kept) < len(self._live):
+                self._hold([self._live[place] for place in kept], kept)
 
-    def _round(self, live: Sequence[_Text], ends: _Ends, drafts: bool, ledger: DecodingLedger) -> list[list[int]]:
-        """One forward pass of the target; returns the new tokens of each text."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Make text i what text rows[i] was; some may be left out and some come twice.
+
+        Copies go on apart: chance belongs to the place. Text i draws from the generator of row i, whatever it was.
+        """
+        places = {text.row: place for place, text in enumerate(self._live)}
+        self.texts = [self.texts[row].copy(place) for place, row in enumerate(rows)]
+        if len(rows) > len(self._generators):
+            self._generators += self._sampling.generators(len(rows))[len(self._generators) :]
+        live = [text for text in self.texts if text.finish is None]
+        self._hold(live, [places[rows[text.row]] for text in live])
+
+    def generation(self) -> Generation:
+        """What was written so far."""
+        self.ledger.target_forwards = self._target.forwards - self._before
+        self.ledger.draft_forwards = self._proposer.forwards
+        return Generation([text.new for text in self.texts], [text.ended for text in self.texts], self.ledger)
+
+    def _hold(self, live: list[Text], places: Sequence[int]) -> None:
+        """Have the readers hold these texts, which are copies of those at `places`."""
+        self._live = live
+        if live:
+            self._target.select(places)
+            self._proposer.select(places)
+
+    def _round(self, drafts: bool) -> list[list[int]]:
+        """One forward pass of the target; returns the new tokens of each text that wants some.
+
+        Texts that wait for others to come as far read nothing.
+        """
+        live, ledger = self._live, self.ledger
         with ledger.phase("draft"):
-            tokens = [text.tokens for text in live]
             # the token after the last drafted one comes from the target
-            limits = [ends.left(text) - 1 if drafts else 0 for text in live]
-            trees = (self._proposer if drafts else _NO_DRAFT).propose(tokens, limits, [text.generator for text in live])
+            limits = [text.left - 1 if drafts and text.wants else 0 for text in live]
+            generators = [self._generators[text.row] for text in live]
+            trees = (self._proposer if drafts else _NO_DRAFT).propose(
+                [text.tokens for text in live], limits, generators
+            )
         with ledger.phase("verify"):
             rows = self._target.read(
-                [[text.tokens[-1], *tree.tokens] for text, tree in zip(live, trees, strict=True)],
-                [[ROOT, *(parent + 1 for parent in tree.parents)] for tree in trees],
+                [[text.tokens[-1], *tree.tokens] if text.wants else [] for text, tree in zip(live, trees, strict=True)],
+                [
+                    [ROOT, *(parent + 1 for parent in tree.parents)] if text.wants else []
+                    for text, tree in zip(live, trees, strict=True)
+                ],
             )
         with ledger.phase("accept"):
+            tokens = [text.tokens for text in live]
             probs = self._distribution.of_each(rows, lambda text, row: trees[text].prefix(tokens[text], row - 1))
             walks = [
-                self._rule.walk(tree, own, text.generator) for tree, own, text in zip(trees, probs, live, strict=True)
+                self._rule.walk(tree, own, self._generators[text.row]) if text.wants else None
+                for tree, own, text in zip(trees, probs, live, strict=True)
             ]
         with ledger.phase("commit"):
-            self._target.commit([[0, *(node + 1 for node in walk.path)] for walk in walks])
-            self._proposer.commit(trees, [walk.path for walk in walks])
+            self._target.commit([[0, *(node + 1 for node in walk.path)] if walk else [] for walk in walks])
+            self._proposer.commit(trees, [walk.path if walk else () for walk in walks])
             new = []
             for text, tree, walk in zip(live, trees, walks, strict=True):
-                found = [*(tree.tokens[node] for node in walk.path), walk.next_token]
-                new.append(ends.append(text, found))
+                if walk is None:
+                    continue
+                new.append(self._ends.append(text, [*(tree.tokens[node] for node in walk.path), walk.next_token]))
                 ledger.note_round(tree, walk.path, len(new[-1]))
         return new
 
@@ -150,19 +202,39 @@ _NO_DRAFT = NoDraft()
 
 
 @dataclass
-class _Text:
-    """One text of the batch. `new` is what was written, the end of `tokens`."""
+class Text:
+    """One text of the batch.
+
+    row     its place, and the number of its generator
+    tokens  prompt and what was written
+    new     what was written, the end of `tokens`
+    goal    tokens to write before it waits
+    finish  why it ended; None: it has not
+    """
 
     row: int
     tokens: list[int]
-    generator: torch.Generator
     new: list[int] = field(default_factory=list)
+    goal: int = 0
     finish: Finish | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may come before it waits."""
+        return self.goal - len(self.new)
+
+    @property
+    def wants(self) -> bool:
+        """It is neither over nor waiting."""
+        return self.finish is None and self.left > 0
 
     @property
     def ended(self) -> Finish:
         assert self.finish is not None, "the loop goes on until all texts have ended"
         return self.finish
+
+    def copy(self, row: int) -> Text:
+        return Text(row, list(self.tokens), list(self.new), self.goal, self.finish)
 
 
 class _Ends:
@@ -174,24 +246,20 @@ class _Ends:
         self._sampling = sampling
         self._decode = decode
 
-    def left(self, text: _Text) -> int:
-        """Tokens that may still come."""
-        return self._sampling.max_new_tokens - len(text.new)
-
-    def append(self, text: _Text, found: list[int]) -> list[int]:
+    def append(self, text: Text, found: list[int]) -> list[int]:
         """Add those of the tokens that come before the text's end; returns them."""
-        kept = found[: self.left(text)]
+        kept = found[: text.left]
         if (count := cut_at(kept, self._sampling.stop_tokens)) is not None:
             kept, text.finish = kept[:count], "stop_token"
         elif (count := self._until_stop_string(text, kept)) is not None:
             kept, text.finish = kept[:count], "stop_string"
         text.tokens += kept
         text.new += kept
-        if text.finish is None and not self.left(text):
+        if text.finish is None and len(text.new) == self._sampling.max_new_tokens:
             text.finish = "length"
         return kept
 
-    def _until_stop_string(self, text: _Text, found: Sequence[int]) -> int | None:
+    def _until_stop_string(self, text: Text, found: Sequence[int]) -> int | None:
         """Number of tokens after which a stop string is complete."""
         for count in range(1, len(found) + 1 if self._sampling.stop_strings else 0):
             assert self._decode is not None

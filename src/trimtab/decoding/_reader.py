@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import DataError
 from trimtab.decoding._tree import ROOT
+from trimtab.models.early_exits import EarlyExits, Exit
 from trimtab.models.segments import SegmentCache
 
 
@@ -20,12 +22,12 @@ class Rows:
     """What a model says after each of n tokens of one text.
 
     logits   [n, V] float32
-    early    layer -> [n, V] float32, the head's answer to what leaves this block, where it was asked for
+    early    exit -> [n, V] float32, the head's answer there, where it was asked for
     others   name -> [n, V] float32, the logits of other models that read the same, where there are any
     """
 
     logits: Tensor
-    early: Mapping[int, Tensor] = field(default_factory=dict)
+    early: Mapping[Exit, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -92,7 +94,7 @@ class Reader(Protocol):
 class ModelReader:
     """A transformers model as a Reader. Its cache is transactional, so any method of the cache room will do.
 
-    early_layers   blocks (1: the first) whose outputs are put through the head as well, without the final norm
+    exits   where the model answers early as well; the head alone, without what a family does to its final logits
 
     Raises DataError for a token after the last position that the model has.
     """
@@ -102,11 +104,11 @@ class ModelReader:
         model: PreTrainedModel,
         rows: int,
         new_cache: Callable[[PreTrainedModel], SegmentCache],
-        early_layers: Sequence[int] = (),
+        exits: Sequence[Exit] = (),
     ) -> None:
         self.model = model
         self.cache = new_cache(model)
-        self.early_layers = tuple(early_layers)
+        self._exits = EarlyExits(model, exits) if exits else None
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.forwards = 0
@@ -149,30 +151,20 @@ class ModelReader:
         self._columns += width
         mask = self._mask(held, width)
         device = self.model.device
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exits.listening() if self._exits else nullcontext({}) as early:
             output = self.model(
                 input_ids=ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
                 position_ids=positions.to(device),
                 past_key_values=self.cache,
                 use_cache=True,
-                output_hidden_states=bool(self.early_layers),
             )
-            early = self._early(output.hidden_states)
         self.forwards += 1
         logits = output.logits.float()
         return [
-            Rows(logits[row, : len(own)], {layer: found[row, : len(own)] for layer, found in early.items()})
+            Rows(logits[row, : len(own)], {place: found[row, : len(own)].float() for place, found in early.items()})
             for row, own in enumerate(tokens)
         ]
-
-    def _early(self, hidden: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Layer -> logits [R, T, V]: one product with the head for all layers, which reads its weights once."""
-        if not self.early_layers:
-            return {}
-        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        found = head(torch.stack([hidden[layer] for layer in self.early_layers])).float()
-        return dict(zip(self.early_layers, found.unbind(0), strict=True))
 
     def _mask(self, held: int, width: int) -> Tensor | None:
         """bool [R, 1, width, held + drafted columns]; None where every token sees all before it."""

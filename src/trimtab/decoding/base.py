@@ -83,8 +83,11 @@ class DecodingMethod(Method):
         """Steps from the model's logits to the distribution that is decoded, before temperature and the like."""
         return ()
 
-    def companions(self, model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-        """Other models with the same tokenizer that read the same tokens: their logits are in `Rows.others`."""
+    def companions(self, named: Callable[[str], PreTrainedModel]) -> dict[str, PreTrainedModel]:
+        """Other models that read the same tokens: their logits are in `Rows.others`.
+
+        named   what an option says -> that model; refuses one with other tokens
+        """
         return {}
 
     def drafting(self, setting: DraftSetting) -> Drafting | None:

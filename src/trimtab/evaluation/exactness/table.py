@@ -11,6 +11,7 @@ from torch import Tensor
 from trimtab.core.errors import DataError
 from trimtab.decoding._reader import Rows
 from trimtab.decoding._tree import ROOT
+from trimtab.models.early_exits import Exit
 
 VOCABULARY = 5
 CONCENTRATION = 0.7
@@ -19,12 +20,12 @@ CONCENTRATION = 0.7
 class TableModel:
     """Log-probabilities of the next token after each text of at most `depth` new tokens; what came before is ignored.
 
-    early   layers that answer too, each from a table of its own
+    early   exits that answer too, each from a table of its own
 
     Beyond `depth` the tables start again, so that texts may be as long as one likes.
     """
 
-    def __init__(self, seed: int, *, depth: int = 3, vocabulary: int = VOCABULARY, early: Sequence[int] = ()) -> None:
+    def __init__(self, seed: int, *, depth: int = 3, vocabulary: int = VOCABULARY, early: Sequence[Exit] = ()) -> None:
         self.depth = depth
         self.vocabulary = vocabulary
         random = np.random.default_rng(seed)

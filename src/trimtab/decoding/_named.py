@@ -1,4 +1,4 @@
-"""The models that draft, by the name that a method's `draft` option gives them."""
+"""The other models of a generation, by the names that options of methods give them."""
 
 from __future__ import annotations
 
@@ -19,38 +19,35 @@ _SELF: dict[str, Literal[2, 3, 4, 8]] = {"self:2bit": 2, "self:3bit": 3, "self:4
 _GROUP_SIZES = (64, 32, 16, 8)
 
 
-def draft_model(name: str, target: PreTrainedModel) -> PreTrainedModel:
-    """The model that this option names: one to load, or `self:2bit`, a copy of the target with smaller weights.
+def named_model(name: str, target: PreTrainedModel) -> PreTrainedModel:
+    """The model that an option names: one to load, or `self:2bit`, a copy of the target with smaller weights.
 
-    Raises CompositionError if its tokens are not the target's, ConfigError for a copy in other bits than 2, 3, 4 or 8,
-    and what loading raises.
+    Raises ConfigError for a copy in other bits than 2, 3, 4 or 8, and what loading raises.
     """
     if name.startswith("self:"):
         if name not in _SELF:
-            raise ConfigError(f"draft '{name}' is none; a smaller copy of the model is {', '.join(_SELF)}.")
+            raise ConfigError(f"model '{name}' is none; a smaller copy of the model itself is {', '.join(_SELF)}.")
         return _smaller_copy(target, _SELF[name])
-    draft = load(name, dtype=target.dtype, device=str(target.device))
-    check_tokens(draft, target, name)
-    return draft
+    return load(name, dtype=target.dtype, device=str(target.device))
 
 
-def check_tokens(draft: PreTrainedModel, target: PreTrainedModel, name: str) -> None:
+def check_tokens(other: PreTrainedModel, target: PreTrainedModel, name: str) -> None:
     """Raise CompositionError unless both models mean the same by each token id."""
-    sizes = [int(model.config.get_text_config().vocab_size) for model in (draft, target)]
+    if difference := token_difference(other, target):
+        raise CompositionError(f"'{name}' must have the tokenizer of the model that decodes: {difference}.")
+
+
+def token_difference(other: PreTrainedModel, target: PreTrainedModel) -> str | None:
+    """What two models do not mean alike by token ids; None if they agree, or have no tokenizers that could differ."""
+    sizes = [int(model.config.get_text_config().vocab_size) for model in (other, target)]
     if sizes[0] != sizes[1]:
-        raise CompositionError(
-            f"the draft '{name}' has {sizes[0]} tokens and the model {sizes[1]}; both need the same tokenizer."
-        )
+        return f"it has {sizes[0]} tokens, and that model has {sizes[1]}"
     try:
-        own, other = (tokenizer_of(model).get_vocab() for model in (draft, target))
+        own, wanted = (tokenizer_of(model).get_vocab() for model in (other, target))
     except TrimtabError:
-        return  # a model without a tokenizer: its ids mean what the other's do, for all that is known
-    if own != other:
-        different = sum(other.get(token) != index for token, index in own.items())
-        raise CompositionError(
-            f"the draft '{name}' and the model have different tokenizers: {different} tokens of the draft have another "
-            "id or none. Take a draft with the model's own tokenizer."
-        )
+        return None
+    different = sum(wanted.get(token) != index for token, index in own.items())
+    return f"{different} of its tokens have another id there, or none" if own != wanted else None
 
 
 def _smaller_copy(target: PreTrainedModel, bits: Literal[2, 3, 4, 8]) -> PreTrainedModel:

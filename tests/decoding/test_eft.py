@@ -1,0 +1,95 @@
+"""Emulated fine-tuning: the formula, exact with drafts, with models that must have the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import trimtab as tt
+from trimtab.core.errors import CompositionError
+from trimtab.decoding import Decoder, Sampling, Speculative
+from trimtab.decoding._distribution import Distribution, Warp
+from trimtab.decoding._joint import JointReader
+from trimtab.decoding._loop import Loop, NoDraft
+from trimtab.decoding._proposers.chain import Chain
+from trimtab.decoding._reader import Rows
+from trimtab.decoding._rules.token import SampleRule, TokenRule
+from trimtab.decoding._transforms.eft import TUNED, UNTUNED, EftTransform
+from trimtab.decoding.eft import Eft
+from trimtab.evaluation.exactness import TableModel, check_pairs, exact_pairs
+from trimtab.evaluation.exactness.table import TableReader
+from trimtab.models.random import random_model
+
+SAMPLED = Warp(Sampling(temperature=1.0))
+BASE, OTHERS = TableModel(0), {TUNED: TableModel(1), UNTUNED: TableModel(2)}
+
+
+class Joint(TableModel):
+    """The base table with what the others say beside it."""
+
+    def rows(self, new: Sequence[Sequence[int]]) -> Rows:
+        return Rows(super().rows(new).logits, others={name: own.rows(new).logits for name, own in OTHERS.items()})
+
+
+def eft_loop(rows: int, beta: float, *, drafting: bool) -> Loop:
+    reader = JointReader(TableReader(BASE, rows), {name: TableReader(own, rows) for name, own in OTHERS.items()})
+    distribution = Distribution([EftTransform(beta), SAMPLED])
+    if not drafting:
+        return Loop(reader, distribution, NoDraft(), SampleRule())
+    chain = Chain(lambda n: TableReader(TableModel(3), n), Distribution([SAMPLED]), 2)
+    return Loop(reader, distribution, chain, TokenRule())
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_decodes_exactly_its_distribution_with_and_without_drafts(drafting: bool) -> None:
+    expected = exact_pairs(Joint(0), Distribution([EftTransform(0.7), SAMPLED]))
+    result = check_pairs(lambda n: eft_loop(n, 0.7, drafting=drafting), expected, rounds=8_000, new_tokens=3)
+    assert result.exact, result
+    other = check_pairs(lambda n: eft_loop(n, 0.4, drafting=drafting), expected, rounds=8_000)
+    assert not other.exact
+
+
+def test_the_formula() -> None:
+    base, tuned, untuned = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 3.0]])
+    rows = Rows(base, others={TUNED: tuned, UNTUNED: untuned})
+    found = EftTransform(2.0)(rows.logits, rows, lambda row: [])
+    torch.testing.assert_close(found, torch.tensor([[2.0, -4.0]]))
+
+
+@pytest.fixture(scope="module")
+def mini() -> PreTrainedModel:
+    return tt.load("ref-mini", dtype=torch.float32)
+
+
+def test_no_difference_and_no_share_of_it_leave_the_model(mini: PreTrainedModel) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=8)
+    prompts = [[5, 6, 7], [8]]
+    plain = Decoder(mini).generate(prompts, sampling).tokens
+    other = random_model("llama", vocab_size=mini.config.vocab_size)
+    for method in (Eft(tuned="a", untuned="a"), Eft(tuned="a", untuned="b", beta=0.0)):
+        assert Decoder(mini, [method], drafts={"a": mini, "b": other}).generate(prompts, sampling).tokens == plain
+    moved = Decoder(mini, [Eft(tuned="a", untuned="b")], drafts={"a": mini, "b": other})
+    assert moved.generate(prompts, sampling).tokens != plain
+
+
+def test_a_model_tuned_to_itself_is_the_tuned_model(mini: PreTrainedModel) -> None:
+    """base = untuned and beta 1: what is left is the tuned one, greedily and with drafts."""
+    tuned = random_model("llama", vocab_size=mini.config.vocab_size)
+    named = {"tuned": tuned, "base": mini}
+    method = Eft(tuned="tuned", untuned="base")
+    sampling = Sampling(max_new_tokens=12)
+    wanted = Decoder(tuned).generate([[5, 6], [7]], sampling).tokens
+    assert Decoder(mini, [method], drafts=named).generate([[5, 6], [7]], sampling).tokens == wanted
+    drafted = Decoder(mini, [method, Speculative(draft="tuned", depth=3)], drafts=named, adapt=False)
+    done = drafted.generate([[5, 6], [7]], sampling)
+    assert done.tokens == wanted
+    assert sum(done.ledger.accepted_by_depth) > 0
+
+
+def test_refuses_other_tokens(mini: PreTrainedModel) -> None:
+    named = {"other": random_model("llama"), "same": mini}
+    with pytest.raises(CompositionError, match=r"'other' must have the tokenizer .*: it has 131 tokens, .* has 4096"):
+        Decoder(mini, [Eft(tuned="other", untuned="same")], drafts=named)
