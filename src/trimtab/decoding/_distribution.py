@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.decoding._reader import Rows
-from trimtab.decoding._sampling import Sampling, probabilities
+from trimtab.decoding._sampling import Sampling, log_probabilities, probabilities
 
 Prefixes = Callable[[int], Sequence[int]]
 """Row -> all tokens of the text up to and with the one that the row follows, drafted ones included."""
@@ -94,7 +94,14 @@ class Distribution:
         return tuple(sorted({layer for transform in self.transforms for layer in transform.early_layers}))
 
     def __call__(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        return probabilities(self._transformed(rows, prefixes))
+
+    def log_probs(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        """The same as logarithms, [n, V] float32: these do not underflow."""
+        return log_probabilities(self._transformed(rows, prefixes))
+
+    def _transformed(self, rows: Rows, prefixes: Prefixes) -> Tensor:
         logits = rows.logits
         for transform in self.transforms:
             logits = transform(logits, rows, prefixes)
-        return probabilities(logits)
+        return logits

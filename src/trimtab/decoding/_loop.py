@@ -19,7 +19,8 @@ from trimtab.decoding._rules.base import AcceptanceRule, Walk
 from trimtab.decoding._sampling import Sampling, cut_at
 from trimtab.decoding._tree import ROOT, DraftTree, Law
 
-Finish = Literal["length", "stop_token", "stop_string"]
+Finish = Literal["length", "stop_token", "stop_string", "decision"]
+"""`decision`: the text was chosen, whole, by a method that searches."""
 OnTokens = Callable[[int, Sequence[int]], None]
 """Called with the row and its new tokens after each round."""
 Decode = Callable[[Sequence[int]], str]
@@ -86,17 +87,21 @@ class Loop:
         *,
         decode: Decode | None = None,
         on_tokens: OnTokens | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Generation:
         """Continue every prompt. `decode` is needed for stop strings.
+
+        generators   one for each prompt; None: those of `sampling`
 
         Raises DataError for an empty prompt.
         """
         if not prompts or any(not prompt for prompt in prompts):
             raise DataError("a prompt holds no token; every text needs at least one to go on from.")
-        generators = sampling.generators(len(prompts))
+        generators = sampling.generators(len(prompts)) if generators is None else generators
         texts = [_Text(row, list(prompt), generators[row]) for row, prompt in enumerate(prompts)]
         ends = _Ends(sampling, decode)
         ledger = DecodingLedger()
+        ledger.note_prompts(prompts)
         with ledger.phase("prefill"):
             self._target.prefill([text.tokens[:-1] for text in texts])
         before, live = self._target.forwards, list(texts)
