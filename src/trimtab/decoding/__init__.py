@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trimtab.decoding._ledger import DecodingLedger as DecodingLedger
     from trimtab.decoding._loop import Generation as Generation
     from trimtab.decoding._sampling import Sampling as Sampling
+    from trimtab.decoding.metric_aware import MetricAware as MetricAware
     from trimtab.decoding.speculative import Speculative as Speculative
 
 __getattr__, __dir__ = lazy_exports(

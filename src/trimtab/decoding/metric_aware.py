@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.decoding._decisions.estimates import Weighting, sampled, scored
 from trimtab.decoding._decisions.labels import Continuations
@@ -232,8 +234,9 @@ class MetricAware(DecodingMethod):
 
     def _written(self, value: Value, own: Outcomes) -> str:
         if self.metric == "f_beta":
-            texts = {v == self._positive: t for w, v, t in sorted(zip(own.weights, own.values, own.texts, strict=True))}
-            return texts.get(value == 1, f"{value:g}")
+            by_weight = [own.values[i] for i in np.argsort(own.weights)]
+            likeliest = {v == self._positive: own.texts[own.values.index(v)] for v in by_weight}
+            return likeliest.get(value == 1, f"{value:g}")
         if value in own.values:
             return own.texts[own.values.index(value)]
         return value if isinstance(value, str) else f"{value:.6g}"
