@@ -17,7 +17,7 @@ from trimtab.decoding._decisions.outcomes import Outcomes, Parse
 from trimtab.decoding._decisions.rules import Array
 from trimtab.decoding._decoder import Decoder
 from trimtab.decoding._ledger import DecodingLedger
-from trimtab.decoding._loop import Generation
+from trimtab.decoding._loop import Finish, Generation
 from trimtab.decoding._sampling import Sampling
 from trimtab.models import tokenizer_of
 
@@ -94,20 +94,20 @@ def _write(
     decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: int, spent: list[DecodingLedger]
 ) -> list[Generation]:
     """`draws` texts for each prompt. Each has a generator of its own, so the size of a batch changes nothing."""
-    generators = sampling.generators(len(prompts) * draws)
-    together = max(1, _ROWS // draws)
-    found: list[Generation] = []
-    for start in range(0, len(prompts), together):
-        rows = [prompt for prompt in prompts[start : start + together] for _ in range(draws)]
-        done = decoder.loop(len(rows), sampling).run(
-            rows, sampling, decode=decoder.decode, generators=generators[start * draws :][: len(rows)]
+    rows = [prompt for prompt in prompts for _ in range(draws)]
+    generators = sampling.generators(len(rows))
+    together = max(_ROWS // draws * draws, min(_ROWS, draws))  # all draws of a prompt, or some of a single one's
+    tokens: list[list[int]] = []
+    finishes: list[Finish] = []
+    for start in range(0, len(rows), together):
+        own = rows[start : start + together]
+        done = decoder.loop(len(own), sampling).run(
+            own, sampling, decode=decoder.decode, generators=generators[start : start + together]
         )
         spent.append(done.ledger)
-        found += [
-            Generation(done.tokens[row : row + draws], done.finishes[row : row + draws])
-            for row in range(0, len(rows), draws)
-        ]
-    return found
+        tokens += done.tokens
+        finishes += done.finishes
+    return [Generation(tokens[i : i + draws], finishes[i : i + draws]) for i in range(0, len(rows), draws)]
 
 
 def _answers(decoder: Decoder, found: Generation, end: str) -> list[str]:
