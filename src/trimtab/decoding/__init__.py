@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trimtab.decoding._sampling import Sampling as Sampling
     from trimtab.decoding.dola import Dola as Dola
     from trimtab.decoding.eft import Eft as Eft
+    from trimtab.decoding.metric_aware import MetricAware as MetricAware
     from trimtab.decoding.rsd_c import RsdC as RsdC
     from trimtab.decoding.rsd_s import RsdS as RsdS
     from trimtab.decoding.spectr import Spectr as Spectr

@@ -76,6 +76,9 @@ class Decoder:
         self.check_length(prompts, sampling)
         for method in self.methods:
             if (found := method.search(self, prompts, sampling)) is not None:
+                if on_tokens is not None:
+                    for row, tokens in enumerate(found.tokens):
+                        on_tokens(row, tokens)
                 return found
         return self.loop(len(prompts), sampling).run(prompts, sampling, decode=self.decode, on_tokens=on_tokens)
 

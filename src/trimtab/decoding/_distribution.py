@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.decoding._reader import Rows
-from trimtab.decoding._sampling import Sampling, probabilities
+from trimtab.decoding._sampling import Sampling, log_probabilities, probabilities
 from trimtab.models.early_exits import Exit
 
 Prefixes = Callable[[int], Sequence[int]]
@@ -94,10 +94,17 @@ class Distribution:
         return tuple(sorted({place for transform in self.transforms for place in transform.exits}))
 
     def __call__(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        return probabilities(self._transformed(rows, prefixes))
+
+    def log_probs(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        """The same as logarithms, [n, V] float32: these do not underflow."""
+        return log_probabilities(self._transformed(rows, prefixes))
+
+    def _transformed(self, rows: Rows, prefixes: Prefixes) -> Tensor:
         logits = rows.logits
         for transform in self.transforms:
             logits = transform(logits, rows, prefixes)
-        return probabilities(logits)
+        return logits
 
     def of_each(self, rows: Sequence[Rows], prefixes: Callable[[int, int], Sequence[int]]) -> list[Tensor]:
         """The same for the rows of several texts, in one go. prefixes: (text, row) -> tokens."""

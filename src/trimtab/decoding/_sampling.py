@@ -82,12 +82,20 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
 
 def probabilities(logits: Tensor) -> Tensor:
     """softmax [n, V] in float32. Raises NumericsError if a row holds NaN, or no token that is possible."""
-    probs = torch.softmax(logits.float(), dim=-1)
-    if bool(torch.isnan(probs).any()):
-        row = int(torch.isnan(probs).any(-1).nonzero()[0])
+    return _checked(torch.softmax(logits.float(), dim=-1), logits)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax [n, V] in float32, -inf for what is impossible. Raises NumericsError like `probabilities`."""
+    return _checked(torch.log_softmax(logits.float(), dim=-1), logits)
+
+
+def _checked(found: Tensor, logits: Tensor) -> Tensor:
+    if bool(torch.isnan(found).any()):
+        row = int(torch.isnan(found).any(-1).nonzero()[0])
         what = "NaN" if bool(torch.isnan(logits[row]).any()) else "no possible token"
         raise NumericsError(f"the model's logits after token {row} of a draft hold {what}; nothing can be drawn.")
-    return probs
+    return found
 
 
 def cut_at(tokens: Sequence[int], stops: Sequence[int]) -> int | None:
