@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ NewReader = Callable[[int], Reader]
 class Likeliest(ModelProposer):
     """The `count` likeliest children of every node: named, not drawn."""
 
-    law: Law = "deterministic"  # type: ignore[misc]
-    branches = True  # type: ignore[misc]
+    law: ClassVar[Law] = "deterministic"
+    branches: ClassVar[bool] = True
 
     def __init__(self, new_reader: NewReader, distribution: Distribution, depth: int, count: int) -> None:
         super().__init__(new_reader, distribution, depth)

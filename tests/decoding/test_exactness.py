@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ from trimtab.decoding._rules.k_seq import Division, KSeqRule
 from trimtab.decoding._rules.recursive import RecursiveRule
 from trimtab.decoding._rules.token import SampleRule, TokenRule
 from trimtab.decoding._rules.typical import TypicalRule
-from trimtab.decoding._sampling import draw, uniform
-from trimtab.decoding._tree import DraftTree
+from trimtab.decoding._sampling import draw, normalised, uniform
+from trimtab.decoding._tree import DraftTree, Law
 from trimtab.evaluation.exactness import check_pairs
 from trimtab.evaluation.exactness.gate import ROUNDS
 from trimtab.evaluation.exactness.table import TableReader
@@ -76,7 +76,7 @@ def _by_probability(tree: DraftTree, node: int) -> list[int]:
 
 def _not_without(target: Tensor, draft: Tensor, refused: int) -> tuple[Tensor, Tensor]:
     """The draft keeps its refused children."""
-    return recursive.normalised(target - draft, target), draft
+    return normalised(target - draft, target), draft
 
 
 _exact_division = k_seq.division
@@ -86,7 +86,7 @@ COPY_AFTER_COPY = {(k_seq, "in_random_order"): lambda drafts, generator: drafts}
 INDEPENDENT_TESTS = {(k_seq, "division"): lambda draft, target, drafts: Division(1.0, 0.0)}
 REFUSED_STAY = {(recursive, "left_over"): _not_without}
 BY_PROBABILITY = {(DraftTree, "children"): _by_probability}
-UNWEIGHTED = {(block, "normalised"): lambda weights, otherwise: recursive.normalised(otherwise, otherwise)}
+UNWEIGHTED = {(block, "normalised"): lambda weights, otherwise: normalised(otherwise, otherwise)}
 
 
 class StaleReader(TableReader):
@@ -140,7 +140,7 @@ def mutant(proposer: Callable[[NewReader, Distribution], Any], rule: AcceptanceR
 class TopChildren(Likeliest):
     """Says that its children were drawn."""
 
-    law = "gumbel_swor"  # type: ignore[misc]
+    law: ClassVar[Law] = "gumbel_swor"
 
 
 MUTANTS: dict[str, tuple[Case, Patches]] = {

@@ -48,9 +48,9 @@ def division(draft: Tensor, target: Tensor, drafts: int) -> Division:
     ratios = q / p
     between = (ratios >= 1) & (ratios < drafts)
     order = np.argsort(ratios[between])
-    points = ratios[between][order].tolist()
-    p_from = (p[ratios >= drafts].sum() + np.append(p[between][order][::-1].cumsum()[::-1], 0)).tolist()
-    q_below = (q[ratios < 1].sum() + np.append(0, q[between][order].cumsum())).tolist()
+    points: list[float] = ratios[between][order].tolist()
+    p_from: list[float] = (p[ratios >= drafts].sum() + np.append(p[between][order][::-1].cumsum()[::-1], 0)).tolist()
+    q_below: list[float] = (q[ratios < 1].sum() + np.append(0, q[between][order].cumsum())).tolist()
 
     def beta(rho: float) -> float:
         place = bisect_left(points, rho)
