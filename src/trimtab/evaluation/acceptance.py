@@ -17,7 +17,7 @@ from trimtab.evaluation.statistics import mean
 from trimtab.models import load, tokenizer_of
 
 TARGET, DRAFT = "ref", "ref-mini"
-TEXTS, PROMPT_TOKENS, NEW_TOKENS = 16, 48, 48
+TEXTS, PROMPT_TOKENS, NEW_TOKENS = 24, 48, 48
 WIDTHS, DEPTHS = (2, 4, 8), (2, 4, 6)
 
 
