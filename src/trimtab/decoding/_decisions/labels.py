@@ -104,7 +104,7 @@ def log_probabilities(
     """
     ledger = DecodingLedger()
     spent.append(ledger)
-    early = sorted({layer for distribution in distributions for layer in distribution.early_layers})
+    early = sorted({layer for distribution in distributions for layer in distribution.exits})
     found: list[list[Array]] = []
     for start, stop in _batches(decoder, tries):
         reader = decoder.reader(stop - start, early)
