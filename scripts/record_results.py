@@ -1,13 +1,14 @@
 """Measure and keep the result: run one measurement and write benchmarks/results/THEME-MACHINE-DATE.json.
 
     python scripts/record_results.py compare    rtn and gptq at 2, 3, 4 and 8 bits on ref, all tasks
-    python scripts/record_results.py weights    every weight method on ref with seeds, outliers and a second text [FILE]
+    python scripts/record_results.py weights    weight methods on ref, with outliers too, two texts [FILE [METHOD]]
     python scripts/record_results.py weights-peers    other libraries' quantizers and ours, where they are installed
     python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
     python scripts/record_results.py decode     decoding with compressed weights, likewise
+    python scripts/record_results.py acceptance tokens per forward pass of ref for shapes of drafts by ref-mini
     python scripts/record_results.py linear     single layers, likewise
     python scripts/record_results.py compress-time  time and memory of compressing, likewise
 
@@ -74,29 +75,41 @@ def compare() -> tuple[dict[str, Any], int]:
     return {"records": records}, status
 
 
-def weights(second_text: str | None = None) -> tuple[dict[str, Any], int]:
-    """All methods of the weights room on `ref`: seeds, outlier channels, a second text (such as WikiText-2's test)."""
+def weights(second_text: str | None = None, *methods: str) -> tuple[dict[str, Any], int]:
+    """All methods of the weights room on `ref`: seeds, outlier channels, a second text (such as WikiText-2's test); or
+    some methods, the others' entries being kept from the newest file."""
     from trimtab.evaluation.weights_survey import survey
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     text = None if second_text is None else Path(second_text)
-    document: dict[str, Any] = {"second_text": None if text is None else text.name}
+    document: dict[str, Any] = {"second_text": None if text is None else "/".join(text.parts[-2:])}
+    entries: list[dict[str, Any]] = []
+    if methods:
+        entries = [entry for entry in newest("weights")["entries"] if entry["method"] not in methods]
     for surveyed, runs in SURVEYED:
-        settings = [(name, options) for name, own in surveyed.items() for options in own]
-        found = survey(settings, runs=runs, second_text=text, tell=tell)
-        document = {**found, **document, "entries": [*document.get("entries", []), *found["entries"]]}
-    return document, 0
+        settings = [(n, options) for n, own in surveyed.items() for options in own if not methods or n in methods]
+        if settings:
+            found = survey(settings, runs=runs, second_text=text, tell=tell)
+            document = {**found, **document}
+            entries += found["entries"]
+    return {**document, "entries": entries}, 0
+
+
+def newest(theme: str) -> dict[str, Any]:
+    """The newest file of a theme."""
+    file = max(RESULTS.glob(f"{theme}-*.json"), key=lambda file: file.stem[-10:])
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return document
 
 
 def claims(*systems: str) -> tuple[dict[str, Any], int]:
     """All claims; or those of some systems, the others' verdicts being kept from the newest file."""
     verdicts, status = trimtab("claims", *systems, "--json", accept=(0, DOES_NOT_HOLD))
     if systems:
-        newest = max(RESULTS.glob("claims-*.json"), key=lambda file: file.stem[-10:])
-        kept = json.loads(newest.read_text(encoding="utf-8"))["verdicts"]
-        verdicts += [verdict for verdict in kept if verdict["system"] not in {new["system"] for new in verdicts}]
+        measured = {verdict["system"] for verdict in verdicts}
+        verdicts += [verdict for verdict in newest("claims")["verdicts"] if verdict["system"] not in measured]
     return {"verdicts": sorted(verdicts, key=lambda verdict: str(verdict["system"]))}, status
 
 
@@ -110,6 +123,13 @@ def caches() -> tuple[dict[str, Any], int]:
     from trimtab.evaluation.caches.survey import survey
 
     return survey("ref", tell=lambda line: print(line, file=sys.stderr, flush=True)), 0
+
+
+def acceptance() -> tuple[dict[str, Any], int]:
+    """Tokens per forward pass of `ref` over the number of drafted sequences and their depth."""
+    from trimtab.evaluation.acceptance import curve
+
+    return curve(lambda line: print(line, file=sys.stderr, flush=True)), 0
 
 
 def weights_peers() -> tuple[dict[str, Any], int]:
@@ -163,8 +183,8 @@ def linear() -> tuple[dict[str, Any], int]:
 
 
 def compress_time() -> tuple[dict[str, Any], int]:
-    """Both models."""
-    return benchmarks(("compress", "--model", "ref"), ("compress", "--model", "random"))
+    """Both models; less text for the large one, whose forward passes would otherwise be most of the time."""
+    return benchmarks(("compress", "--model", "ref"), ("compress", "--model", "random", "--sequences", "8"))
 
 
 def benchmarks(*commands: Sequence[str]) -> tuple[dict[str, Any], int]:
@@ -184,6 +204,7 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "weights-peers": weights_peers,
     "claims": claims,
     "caches": caches,
+    "acceptance": acceptance,
     "evaluate": evaluate,
     "kv-decode": kv_decode,
     "decode": decode,
@@ -204,7 +225,9 @@ def machine_name(machine: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Measure one theme and write its file."""
     if not arguments or arguments[0] not in THEMES or (len(arguments) > 1 and arguments[0] not in TAKES_ARGUMENTS):
-        print(f"usage: python scripts/record_results.py {'|'.join(THEMES)} [SYSTEM ...|FILE]", file=sys.stderr)
+        print(
+            f"usage: python scripts/record_results.py {'|'.join(THEMES)} [SYSTEM ...|FILE METHOD ...]", file=sys.stderr
+        )
         return 2
     record = RunRecord(command=arguments[0])
     with record.timed("total"):

@@ -179,11 +179,18 @@ def weights_peers_table(document: Document, _: str | None) -> str:
     for entry in entries:
         ran = "prose" in entry
         kl = text.interval(Interval.of(entry["prose"]["kl_nats_per_token"])) if ran else str(entry["error"])
-        rows.append([str(entry["bits"]), entry["system"], kl, text.seconds(entry["seconds"]) if ran else text.NOTHING])
+        stored = f"{entry['bits_per_weight']:.2f}" if ran else text.NOTHING
+        taken = text.seconds(entry["seconds"]) if ran else text.NOTHING
+        rows.append([str(entry["bits"]), entry["system"], stored, kl, taken])
     note = (
-        "Groups of 64, KL to the original in nats per token on held-out prose, 95 % intervals; one process, both cores."
+        "Codes in groups of 64 and the same text for all; KL to the original in nats per token on held-out prose, 95 % "
+        "intervals; one core each."
     )
-    return f"{markdown(['bits', 'system', 'KL', 'time'], rows)}\n\n{source_line(document, note)}" if rows else ""
+    return (
+        f"{markdown(['bits', 'system', 'bits per weight', 'KL', 'time'], rows)}\n\n{source_line(document, note)}"
+        if rows
+        else ""
+    )
 
 
 def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> str:
@@ -191,7 +198,7 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> 
     if not found:
         return text.NOTHING
     mean = text.number(sum(found) / len(found))
-    return mean if len(found) == 1 else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
+    return mean if min(found) == max(found) else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
 
 
 def kv_decode_table(document: Document, _: str | None) -> str:
@@ -213,6 +220,31 @@ def kv_decode_table(document: Document, _: str | None) -> str:
     rows = [[cell(entry) for cell in columns.values()] for entry in entries]
     note = "Medians; 4 layers, hidden 1,024, 16 query and 8 KV heads of 64, MLP 2,816, 16-bit weights, batch 1."
     return f"{markdown(list(columns), rows)}\n\n{source_line(document, note)}" if rows else ""
+
+
+def acceptance_table(document: Document, method: str | None) -> str:
+    """Tokens per forward pass of the target by number of sequences and depth; of a method, with chains beside it."""
+    entries = [{**e, "system": _with_rule(e)} for e in document["entries"]]
+    entries = [e for e in entries if method in (None, e["method"]) or e["system"] == "speculative token"]
+    depths = sorted({e["depth"] for e in entries})
+    rows = []
+    for system, sequences in sorted({(e["system"], e["sequences"]) for e in entries}, key=lambda key: (key[1], key[0])):
+        found = {e["depth"]: e for e in entries if (e["system"], e["sequences"]) == (system, sequences)}
+        tokens = [text.interval(Interval.of(found[depth]["tokens_per_target_forward"])) for depth in depths]
+        read = [f"{found[depth]['nodes_per_forward']:.1f} read" for depth in depths]
+        rows.append([system, str(sequences), *map(", ".join, zip(tokens, read, strict=True))])
+    columns = ["method", "sequences", *(f"depth {depth}" for depth in depths)]
+    note = (
+        f"Tokens per forward pass of {document['target']} with {document['draft']} as its draft, and tokens that it "
+        f"reads in one; {document['texts']} beginnings of held-out prose, {document['new_tokens']} new tokens each, "
+        f"temperature {document['temperature']:g}. Brackets hold 95 % intervals."
+    )
+    return f"{markdown(columns, rows)}\n\n{source_line(document, note)}" if rows else ""
+
+
+def _with_rule(entry: Mapping[str, Any]) -> str:
+    rule = entry["options"].get("rule")
+    return f"{entry['method']} {rule}" if rule else str(entry["method"])
 
 
 def decode_table(document: Document, _: str | None) -> str:
@@ -271,6 +303,7 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "grid-matmul": grid_matmul_table,
     "kv-decode": kv_decode_table,
     "decode": decode_table,
+    "acceptance": acceptance_table,
 }
 
 

@@ -67,9 +67,9 @@ NEGATIVE = (
     "Retrieval heads are sparse",
     "At equal bytes the low-rank part lowers",
     "Levels learnt by k-means weighted",
-    "At 2 bits PV-Tuning beats straight-through estimation for NormalFloat",
-    "At 2 bits PV-Tuning beats straight-through estimation for codebooks",
+    "At 2 bits PV-Tuning beats straight-through estimation",
     "At equal bytes the correction is worth more",
+    "Untrained, it is closer to the original than GPTQ",
     "Without data it competes with methods that calibrate",
 )
 """How those claims begin that do not hold on models as small as the reference ones; the journal says why."""

@@ -1,4 +1,4 @@
-"""One line per method and options that change what is decoded; test_steering.py runs every check on every line."""
+"""One line per method and set of options: drafting in CASES, what changes what is decoded in STEERING."""
 
 from __future__ import annotations
 
@@ -26,6 +26,53 @@ class Case:
         return found
 
 
+CASES = [
+    Case(
+        name="speculative",
+        options={"depth": 3},
+        bad=(
+            ({"depth": 0}, "depth=0"),
+            ({"draft_temperature": -0.5}, "draft_temperature=-0.5"),
+            ({"stop_below": 1.5}, "stop_below=1.5 is no probability"),
+            ({"rule": "typcal"}, "rule='typcal'"),
+            ({"draft": "ngram", "rule": "block"}, "names tokens and draws none"),
+            ({"draft": "ngram", "stop_below": 0.4}, "stop_below do not apply"),
+            ({"draft": "ngram", "ngram": 0}, "ngram=0"),
+        ),
+    ),
+    Case(name="speculative", options={"depth": 4, "rule": "block"}),
+    Case(name="speculative", options={"depth": 4, "stop_below": 0.3}),
+    Case(name="speculative", options={"depth": 3, "draft": "ngram"}),
+    Case(
+        name="spectr",
+        options={"k": 3, "depth": 3},
+        bad=(
+            ({"k": 0}, "k=0; it must be at least 1"),
+            ({"depth": -1}, "depth=-1"),
+            ({"draft_temperature": 0.0}, "at 0 all sequences are the same"),
+        ),
+    ),
+    Case(
+        name="rsd_c",
+        options={"branching": (3, 2, 1)},
+        bad=(
+            ({"branching": ()}, r"branching=\(\); it must be at least 1"),
+            ({"branching": (2, 0)}, r"branching=\(2, 0\)"),
+            ({"draft_temperature": 0.0}, "draft_temperature=0.0"),
+        ),
+    ),
+    Case(
+        name="rsd_s",
+        options={"width": 3, "depth": 3},
+        bad=(
+            ({"width": 0}, "width=0; it must be at least 1"),
+            ({"depth": 0}, "depth=0"),
+            ({"draft_temperature": -1.0}, "draft_temperature=-1.0"),
+        ),
+    ),
+]
+FIRST = list({case.name: case for case in reversed(CASES)}.values())
+"""One for each method."""
 PAIR = {"tuned": "tuned", "untuned": "ref-mini"}
 STEERING = [
     Case(

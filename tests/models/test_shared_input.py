@@ -9,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trimtab import compress
 from trimtab.kernels import library
 from trimtab.kernels.grid_matmul.prepared import MAX_ROWS, PreparedGrids
+from trimtab.kernels.kv_attention import dense
 from trimtab.kernels.op import KERNELS_VARIABLE
 from trimtab.models import attention, load, random_model, save
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.random import ALL_FAMILIES
 from trimtab.models.shared_input import SharedInput
+from trimtab.models.views import ModelView
 from trimtab.tensors.base import Part
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GridFormat, GroupGrid
@@ -63,6 +65,12 @@ def three(form: str = "4 bits", *, shared: bool = True) -> list[CompressedLinear
         for layer in layers:
             layer.share(together)
     return layers
+
+
+def module_by_module(model: PreTrainedModel) -> None:
+    """Blocks that decode in native calls of their own share nothing."""
+    for block in ModelView.of(model).blocks:
+        block.module.__dict__.pop("forward", None)
 
 
 def slow(layer: CompressedLinear, x: Tensor) -> Tensor:
@@ -232,6 +240,7 @@ def test_threads_do_not_mix_their_inputs() -> None:
 def test_models_decode_to_the_same_bits(family: str, calls: list[int]) -> None:
     model = random_model(family).bfloat16()
     compress(model, Rtn(bits=4, group_size=16), progress=False)
+    module_by_module(model)
     names = list(model.state_dict())
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     seen: list[str] = []
@@ -256,6 +265,8 @@ def test_loaded_models_share_too(tmp_path: object, calls: list[int]) -> None:
     compress(model, Rtn(bits=4, group_size=16), progress=False)
     save(model, f"{tmp_path}/saved")
     loaded = load(f"{tmp_path}/saved")
+    module_by_module(model)
+    module_by_module(loaded)
     tokens = torch.tensor([[3, 1, 4]])
     expected = model(input_ids=tokens).logits
     calls.clear()
@@ -282,6 +293,21 @@ def test_one_query_of_heads_that_share_keys(rows: int) -> None:
     masked, _ = attention.attention(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(masked, sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)[0])
     assert not torch.allclose(masked, found)
+
+
+@torch.no_grad()
+def test_one_query_over_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_query, seen = dense.one_query, []
+    monkeypatch.setattr(dense, "one_query", lambda *args: seen.append(1) or one_query(*args))  # type: ignore[func-returns-value]
+    query, key, value = (torch.randn(2, heads, tokens, 16) for heads, tokens in ((8, 1), (2, 300), (2, 300)))
+    module = nn.Module()
+    module.num_key_value_groups = 4  # type: ignore[assignment]
+    found, _ = attention.attention(module, query, key, value, None, scaling=0.3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    assert seen == ([] if library.machine_isas() == ("scalar",) else [1])
+    attention.attention(module, query, key, value, None, scaling=0.3, dropout=0.5)
+    assert len(seen) < 2, "the kernel has no dropout"
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -134,3 +136,20 @@ def test_tables_that_do_not_fit_are_refused() -> None:
             allocate(costs, sizes, 5)
     with pytest.raises(NumericsError, match="for matrix 1"):
         allocate([[1.0], [math.nan]], [[1], [1]], 5)
+
+
+def test_the_solver_writes_nothing_to_standard_output(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Commands write one JSON document there."""
+    solve = _allocation.milp
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        libc = ctypes.CDLL(None)
+        libc.printf(b"something of the library's own\n")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(_allocation, "milp", talkative)
+    costs, sizes = large_table(matrices=4)
+    allocate(costs, sizes, sum(max(own) for own in sizes))
+    ctypes.CDLL(None).fflush(None)
+    print("still there", flush=True)
+    assert capfd.readouterr().out == "still there\n"

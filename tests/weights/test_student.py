@@ -148,12 +148,13 @@ def test_positive_numbers_stay_positive() -> None:
 
 
 def test_the_split_keeps_the_end_of_the_text_apart_and_refuses_a_single_sequence() -> None:
-    student, teacher = pair()
-    train, held = Distillation(student, teacher, padded()).split(0.3)
+    train, held = padded().split(0.3)
     assert (train.tolist(), held.tolist()) == ([0, 1, 2, 3], [4, 5])
+    assert torch.equal(padded().take(train).tokens, padded().tokens[:4])
+    assert torch.equal(padded().take(train).mask, padded().mask[:4])
     one = CalibrationSet.from_tokens(torch.full((1, 8), 5))
     with pytest.raises(DataError, match="at least 2 calibration sequences"):
-        Distillation(student, teacher, one).split(0.3)
+        one.split(0.3)
 
 
 def test_batches_cover_each_epoch_once_and_repeat_with_the_seed() -> None:

@@ -21,7 +21,7 @@ from trimtab.weights.base import WeightMethod
 
 __all__ = ["CLAIMS"]
 
-BUDGETS = (0.28, 0.32, 0.38)
+BUDGETS = (0.27, 0.29, 0.32, 0.36, 0.40)
 GROUPS = (32, 64, -1)
 SEQUENCES, LENGTH = 96, 128
 UNIFORM = tuple(Gptq(bits=bits, group_size=size) for bits in (2, 3, 4) for size in GROUPS)

@@ -18,8 +18,8 @@ from trimtab.weights.pv_tuning import Mode
 
 __all__ = ["CLAIMS"]
 
-SEQUENCES, LENGTH = 256, 128
-STEPS = 50
+SEQUENCES, LENGTH = 128, 128
+STEPS, BATCH_TOKENS = 40, 1024
 WINDOWS = 24
 
 
@@ -46,7 +46,7 @@ def _run(base: str, mode: Mode | None) -> _Run:
     """Compressed by `base` and tuned; not tuned if there is no mode."""
     model = load("ref-mini", dtype=torch.float32)
     text = CalibrationSet.from_text(None, tokenizer_of(model), sequences=SEQUENCES, length=LENGTH)
-    method = PvTuning(base=base, bits=2, steps=STEPS, mode=mode or "continuous")
+    method = PvTuning(base=base, bits=2, steps=STEPS, batch_tokens=BATCH_TOKENS, mode=mode or "continuous")
     compress(model, method if mode else method.method, calibration=text)
     record = info_of(model).record
     assert record is not None
@@ -88,8 +88,8 @@ def _beats_ste(base: str) -> Outcome:
 
 _PAPER = method_info("pv_tuning").paper
 _SETTING = (
-    f"ref-mini at 2 bits from {{}}, {STEPS} steps of 2,048 tokens of {SEQUENCES} x {LENGTH} tokens of prose, of which "
-    "an eighth is held out to choose by; the same rates for all modes; measured as KL(ref-mini || compressed) on "
+    f"ref-mini at 2 bits from {{}}, {STEPS} steps of {BATCH_TOKENS:,} tokens of {SEQUENCES} x {LENGTH} of prose, "
+    "of which an eighth is held out to choose by; the same rates for all modes; KL(ref-mini || compressed) on "
     f"{WINDOWS} x 256 tokens of other prose. "
 )
 _BASES = (("integer grids", "gptq"), ("NormalFloat levels", "nf"), ("codebooks", "vq"))

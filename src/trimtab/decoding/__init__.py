@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from trimtab.decoding._sampling import Sampling as Sampling
     from trimtab.decoding.dola import Dola as Dola
     from trimtab.decoding.eft import Eft as Eft
+    from trimtab.decoding.metric_aware import MetricAware as MetricAware
+    from trimtab.decoding.rsd_c import RsdC as RsdC
+    from trimtab.decoding.rsd_s import RsdS as RsdS
+    from trimtab.decoding.spectr import Spectr as Spectr
     from trimtab.decoding.speculative import Speculative as Speculative
     from trimtab.decoding.weak_to_strong import WeakToStrong as WeakToStrong
 

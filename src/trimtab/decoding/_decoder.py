@@ -76,6 +76,9 @@ class Decoder:
         self.check_length(prompts, sampling)
         for method in self.methods:
             if (found := method.search(self, prompts, sampling)) is not None:
+                if on_tokens is not None:
+                    for row, tokens in enumerate(found.tokens):
+                        on_tokens(row, tokens)
                 return found
         return self.loop(len(prompts), sampling).run(prompts, sampling, decode=self.decode, on_tokens=on_tokens)
 
@@ -103,6 +106,7 @@ class Decoder:
             sampling,
             lambda name: lambda rows: ModelReader(self.named(name), rows, exact_cache),
             lambda temperature: Distribution([Warp(sampling.at(temperature))]),
+            self._positions,
         )
         for method in self.methods:
             if (found := method.drafting(setting)) is not None:
@@ -125,12 +129,22 @@ class Decoder:
         """Tokens as text, special ones left out."""
         return str(tokenizer_of(self.model).decode(list(tokens), skip_special_tokens=True))
 
-    def check_length(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Raise DataError for a prompt without tokens or one that leaves no room."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    @property
+    def lossless(self) -> bool:
+        """Whether texts follow the distribution that the model and the methods' transforms define."""
+        return all(method.lossless for method in self.methods)
+
+    @property
+    def _positions(self) -> int | None:
+        """How long a text may be; None: without end, as with a cache that forgets, whose positions do not grow."""
         layers = self.new_cache(self.model).plan.layers
         if all(group.positions == "cache" for groups in layers for group in groups):
-            limit = None  # such a cache forgets, and its positions do not grow
+            return None
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Raise DataError for a prompt without tokens or one that leaves no room."""
+        limit = self._positions
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"prompt {row} holds no token; every text needs at least one to go on from.")

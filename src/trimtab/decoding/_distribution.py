@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.decoding._reader import Rows
-from trimtab.decoding._sampling import Sampling, probabilities
+from trimtab.decoding._sampling import Sampling, log_probabilities, probabilities
 from trimtab.models.early_exits import Exit
 
 Prefixes = Callable[[int], Sequence[int]]
@@ -60,12 +60,11 @@ class Warp:
 
 
 def _penalised(logits: Tensor, prefixes: Prefixes, penalty: float) -> Tensor:
-    logits = logits.clone()
-    for row in range(len(logits)):
-        seen = torch.tensor(sorted(set(prefixes(row))), dtype=torch.long, device=logits.device)
-        own = logits[row, seen]
-        logits[row, seen] = torch.where(own > 0, own / penalty, own * penalty)
-    return logits
+    seen = [set(prefixes(row)) for row in range(len(logits))]
+    rows = torch.tensor([row for row, own in enumerate(seen) for _ in own], dtype=torch.long, device=logits.device)
+    tokens = torch.tensor([token for own in seen for token in own], dtype=torch.long, device=logits.device)
+    found = logits[rows, tokens]
+    return logits.index_put((rows, tokens), torch.where(found > 0, found / penalty, found * penalty))
 
 
 def _only_best(logits: Tensor) -> Tensor:
@@ -95,7 +94,20 @@ class Distribution:
         return tuple(sorted({place for transform in self.transforms for place in transform.exits}))
 
     def __call__(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        return probabilities(self._transformed(rows, prefixes))
+
+    def log_probs(self, rows: Rows, prefixes: Prefixes) -> Tensor:
+        """The same as logarithms, [n, V] float32: these do not underflow."""
+        return log_probabilities(self._transformed(rows, prefixes))
+
+    def _transformed(self, rows: Rows, prefixes: Prefixes) -> Tensor:
         logits = rows.logits
         for transform in self.transforms:
             logits = transform(logits, rows, prefixes)
-        return probabilities(logits)
+        return logits
+
+    def of_each(self, rows: Sequence[Rows], prefixes: Callable[[int, int], Sequence[int]]) -> list[Tensor]:
+        """The same for the rows of several texts, in one go. prefixes: (text, row) -> tokens."""
+        places = [(text, row) for text, own in enumerate(rows) for row in range(len(own))]
+        probs = self(Rows.joined(rows), lambda i: prefixes(*places[i]))
+        return list(torch.split(probs, [len(own) for own in rows]))

@@ -18,6 +18,8 @@ Phase = Literal["prefill", "draft", "verify", "accept", "commit", "score"]
 class DecodingLedger:
     """Counts of one generation, over all texts of the batch.
 
+    prompts              prompts read before the first round; equal ones are read once
+    prompt_tokens        their tokens; the last one of each is left to the first round
     rounds               a text that takes part in a target forward pass counts one round
     target_forwards      forward passes of the target, without the prompt's
     draft_forwards       forward passes of the draft, its prompt's included
@@ -31,6 +33,8 @@ class DecodingLedger:
     seconds              by phase: prefill, draft, verify, accept, commit, score
     """
 
+    prompts: int = 0
+    prompt_tokens: int = 0
     rounds: int = 0
     target_forwards: int = 0
     draft_forwards: int = 0
@@ -67,14 +71,20 @@ class DecodingLedger:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def note_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """These are read before the first round, but for their last tokens."""
+        different = {tuple(prompt[:-1]) for prompt in prompts if len(prompt) > 1}
+        self.prompts += len(different)
+        self.prompt_tokens += sum(map(len, different))
+
     def note_round(self, tree: DraftTree, path: Sequence[int], committed: int) -> None:
         """One text's share of a target forward pass."""
         self.rounds += 1
         self.plain_rounds += not len(tree)
         self.nodes_scored += 1 + len(tree)
         self.committed += committed
-        for node in range(len(tree)):
-            _count(self.drafted_by_depth, tree.depth(node) - 1)
+        for depth in tree.depths():
+            _count(self.drafted_by_depth, depth - 1)
         for depth, node in enumerate(path):
             _count(self.accepted_by_depth, depth)
             _count(self.accepted_by_rank, tree.ranks[node])

@@ -14,12 +14,13 @@ from trimtab.decoding._controller import Controller
 from trimtab.decoding._distribution import Distribution
 from trimtab.decoding._ledger import DecodingLedger
 from trimtab.decoding._proposers.base import Proposer
-from trimtab.decoding._reader import Reader, Rows
-from trimtab.decoding._rules.base import AcceptanceRule, Walk
+from trimtab.decoding._reader import Reader
+from trimtab.decoding._rules.base import AcceptanceRule
 from trimtab.decoding._sampling import Sampling, cut_at
 from trimtab.decoding._tree import ROOT, DraftTree, Law
 
-Finish = Literal["length", "stop_token", "stop_string"]
+Finish = Literal["length", "stop_token", "stop_string", "decision"]
+"""`decision`: the text was chosen, whole, by a method that searches."""
 OnTokens = Callable[[int, Sequence[int]], None]
 """Called with the row and its new tokens after each round."""
 Decode = Callable[[Sequence[int]], str]
@@ -92,24 +93,35 @@ class Loop:
         *,
         decode: Decode | None = None,
         on_tokens: OnTokens | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Generation:
         """Continue every prompt. `decode` is needed for stop strings.
 
+        generators   one for each prompt; None: those of `sampling`
+
         Raises DataError for an empty prompt.
         """
-        self.start(prompts, sampling, decode=decode)
+        self.start(prompts, sampling, decode=decode, generators=generators)
         self.advance(on_tokens=on_tokens)
         return self.generation()
 
-    def start(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, decode: Decode | None = None) -> None:
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        decode: Decode | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> None:
         """Read every prompt; what `texts` is from now on. Raises DataError for an empty one."""
         if not prompts or any(not prompt for prompt in prompts):
             raise DataError("a prompt holds no token; every text needs at least one to go on from.")
         self._ends = _Ends(sampling, decode)
-        self._generators = sampling.generators(len(prompts))
+        self._generators = list(sampling.generators(len(prompts)) if generators is None else generators)
         self._sampling = sampling
         self.texts = [Text(row, list(prompt)) for row, prompt in enumerate(prompts)]
         self._live = list(self.texts)
+        self.ledger.note_prompts(prompts)
         with self.ledger.phase("prefill"):
             self._target.prefill([text.tokens[:-1] for text in self.texts])
         self._before = self._target.forwards
@@ -180,9 +192,11 @@ class Loop:
                 ],
             )
         with ledger.phase("accept"):
+            tokens = [text.tokens for text in live]
+            probs = self._distribution.of_each(rows, lambda text, row: trees[text].prefix(tokens[text], row - 1))
             walks = [
-                self._walk(text, tree, own) if text.wants else None
-                for text, tree, own in zip(live, trees, rows, strict=True)
+                self._rule.walk(tree, own, self._generators[text.row]) if text.wants else None
+                for tree, own, text in zip(trees, probs, live, strict=True)
             ]
         with ledger.phase("commit"):
             self._target.commit([[0, *(node + 1 for node in walk.path)] if walk else [] for walk in walks])
@@ -194,11 +208,6 @@ class Loop:
                 new.append(self._ends.append(text, [*(tree.tokens[node] for node in walk.path), walk.next_token]))
                 ledger.note_round(tree, walk.path, len(new[-1]))
         return new
-
-    def _walk(self, text: Text, tree: DraftTree, rows: Rows) -> Walk:
-        nodes = list(tree.nodes())
-        probs = self._distribution(rows, lambda i: [*text.tokens, *(tree.tokens[n] for n in tree.path(nodes[i]))])
-        return self._rule.walk(tree, probs, self._generators[text.row])
 
 
 _NO_DRAFT = NoDraft()

@@ -30,6 +30,33 @@ class Rows:
     early: Mapping[Exit, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def split(self, lengths: Sequence[int]) -> list[Rows]:
+        """So many rows each: the inverse of `joined`."""
+        logits = torch.split(self.logits, list(lengths))
+        early = {layer: torch.split(rows, list(lengths)) for layer, rows in self.early.items()}
+        others = {name: torch.split(rows, list(lengths)) for name, rows in self.others.items()}
+        return [
+            Rows(
+                own, {layer: rows[i] for layer, rows in early.items()}, {name: rows[i] for name, rows in others.items()}
+            )
+            for i, own in enumerate(logits)
+        ]
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """One after the other; all have the same layers and other models."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        return Rows(
+            torch.cat([part.logits for part in parts]),
+            {layer: torch.cat([part.early[layer] for part in parts]) for layer in first.early},
+            {name: torch.cat([part.others[name] for part in parts]) for name in first.others},
+        )
+
 
 class Reader(Protocol):
     """A model that has read a batch of texts and may read drafts after them.
@@ -49,7 +76,10 @@ class Reader(Protocol):
         """How many forward passes that took so far."""
 
     def prefill(self, texts: Sequence[Sequence[int]]) -> None:
-        """Read the beginnings of all texts, which may be empty, and keep them. Comes first, and once."""
+        """Read the beginnings of all texts, which may be empty, and keep them. Comes first, and once.
+
+        Equal ones are read once.
+        """
 
     def read(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> list[Rows]:
         """Read more drafted tokens of each text, all in one forward pass.
@@ -90,14 +120,15 @@ class ModelReader:
 
     def prefill(self, texts: Sequence[Sequence[int]]) -> None:
         assert not any(self.texts), "a text begins once"
-        width = max(map(len, texts))
+        different = list(dict.fromkeys(map(tuple, texts)))
+        width = max(map(len, different))
         if width:
-            ids, seen = (torch.zeros((len(texts), width), dtype=torch.long) for _ in range(2))
-            for row, text in enumerate(texts):
+            ids, seen = (torch.zeros((len(different), width), dtype=torch.long) for _ in range(2))
+            for row, text in enumerate(different):
                 ids[row, : len(text)] = torch.tensor(text, dtype=torch.long)
                 seen[row, : len(text)] = 1
             device = self.model.device
-            padded = any(len(text) < width for text in texts)
+            padded = any(len(text) < width for text in different)
             with torch.inference_mode():
                 self.model(
                     input_ids=ids.to(device),
@@ -107,6 +138,9 @@ class ModelReader:
                     logits_to_keep=1,
                 )
             self.forwards += 1
+            if len(different) < len(texts):
+                places = {text: place for place, text in enumerate(different)}
+                self.cache.reorder([places[tuple(text)] for text in texts])
         self.texts = [list(text) for text in texts]
 
     def read(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> list[Rows]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +62,10 @@ class Sampling:
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:
-    """One token of [V], which need not sum to one."""
-    return int(torch.multinomial(probs, 1, generator=generator))
+    """One token of [V], which need not sum to one; one of probability zero is never drawn."""
+    cumulative = probs.cpu().numpy().cumsum(dtype=np.float64)
+    total = float(cumulative[-1])
+    return int(cumulative.searchsorted(min(uniform(generator) * total, math.nextafter(total, 0.0)), side="right"))
 
 
 def uniform(generator: torch.Generator) -> float:
@@ -78,12 +82,20 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
 
 def probabilities(logits: Tensor) -> Tensor:
     """softmax [n, V] in float32. Raises NumericsError if a row holds NaN, or no token that is possible."""
-    probs = torch.softmax(logits.float(), dim=-1)
-    if bool(torch.isnan(probs).any()):
-        row = int(torch.isnan(probs).any(-1).nonzero()[0])
+    return _checked(torch.softmax(logits.float(), dim=-1), logits)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax [n, V] in float32, -inf for what is impossible. Raises NumericsError like `probabilities`."""
+    return _checked(torch.log_softmax(logits.float(), dim=-1), logits)
+
+
+def _checked(found: Tensor, logits: Tensor) -> Tensor:
+    if bool(torch.isnan(found).any()):
+        row = int(torch.isnan(found).any(-1).nonzero()[0])
         what = "NaN" if bool(torch.isnan(logits[row]).any()) else "no possible token"
         raise NumericsError(f"the model's logits after token {row} of a draft hold {what}; nothing can be drawn.")
-    return probs
+    return found
 
 
 def cut_at(tokens: Sequence[int], stops: Sequence[int]) -> int | None:

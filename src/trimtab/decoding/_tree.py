@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,6 +29,7 @@ class DraftTree:
     ranks          [N] place among the siblings: the order in which they are tried
     multiplicity   [N] how often it was drawn
     draft_probs    node (ROOT: the text) -> [V] float32, the distribution that its children were really drawn from
+    values         node -> what its proposer ranks it by, where that is more than the order of siblings
     """
 
     law: Law
@@ -37,6 +38,7 @@ class DraftTree:
     ranks: list[int] = field(default_factory=list)
     multiplicity: list[int] = field(default_factory=list)
     draft_probs: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,11 +65,13 @@ class DraftTree:
             node = self.parents[node]
         return found[::-1]
 
-    def depth(self, node: int) -> int:
-        """1 for what follows the text directly; 0 for ROOT."""
-        return len(self.path(node))
+    def depths(self) -> list[int]:
+        """[N], 1 for what follows the text directly."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(1 if parent == ROOT else found[parent] + 1)
+        return found
 
-    def nodes(self) -> Iterator[int]:
-        """ROOT and all nodes: the rows of what a verifier computes."""
-        yield ROOT
-        yield from range(len(self.tokens))
+    def prefix(self, text: Sequence[int], node: int) -> list[int]:
+        """The text and the tokens up to and with a node."""
+        return [*text, *(self.tokens[n] for n in self.path(node))]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trimtab.core.errors import ConfigError
 from trimtab.core.method import Method
 
 if TYPE_CHECKING:
@@ -37,11 +38,23 @@ class DraftSetting:
     sampling      of this generation
     new_reader    method's `draft` -> a reader of that model for so many texts
     distribution  (temperature) -> that of the draft's logits, with the other settings of `sampling`
+    positions     that the target has; None: no limit
     """
 
     sampling: Sampling
     new_reader: Callable[[str], Callable[[int], Reader]]
     distribution: Callable[[float], Distribution]
+    positions: int | None = None
+
+    def drawn(self, temperature: float | None) -> Distribution:
+        """Of a draft that takes several draws: at this temperature or, for None, the target's, or 1 where that is 0.
+        At 0 all draws would be the same."""
+        return self.distribution(temperature or self.sampling.temperature or 1.0)
+
+    def check_depth(self, depth: int) -> None:
+        """Raise ConfigError for drafts that no text of the model could hold."""
+        if self.positions is not None and depth >= self.positions:
+            raise ConfigError(f"depth={depth} does not fit the model's {self.positions} positions; draft fewer tokens.")
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,11 @@ class DecodingMethod(Method):
     """
 
     room: ClassVar[str] = "decoding"
-    lossless: ClassVar[bool] = True
-    """The tokens follow the distribution that the model and the transforms define."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens follow the distribution that the model and the transforms define."""
+        return True
 
     def transforms(self, model: PreTrainedModel) -> tuple[LogitsTransform, ...]:
         """Steps from the model's logits to the distribution that is decoded, before temperature and the like."""
@@ -81,6 +97,13 @@ class DecodingMethod(Method):
     def search(self, decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Generation | None:
         """Write the texts in a way of its own, with the decoder's loop for the steps; None: the loop alone."""
         return None
+
+    def check_positive(self, *names: str) -> None:
+        """Raise ConfigError for one of these options that is below 1, or empty, or holds such a number."""
+        for name in names:
+            value = getattr(self, name)
+            if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise ConfigError(f"{type(self).__name__}: {name}={value!r}; it must be at least 1.")
 
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, **arguments: Any) -> Tensor:
         """For `model.generate(..., custom_generate=method)`: token ids [R, length], prompts included."""

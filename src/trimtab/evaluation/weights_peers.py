@@ -1,15 +1,18 @@
-"""Other libraries' quantizers and ours on one model at equal bytes: the same text, codes of 2 and 3 bits, groups of 64.
+"""Other libraries' quantizers and ours on one model, with the same text and codes of 2 and 3 bits, in groups of 64.
 
 Run where the other libraries are installed. Each leaves rounded dense weights behind, which are measured as ours are:
-KL to the original on held-out prose. All store 16-bit scales and whole zero points per group.
+KL to the original on held-out prose. Bits per weight are those of the files that each library writes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from transformers import PreTrainedModel
 
 from trimtab.evaluation.kl import NextTokens, divergence
 from trimtab.evaluation.weight_decode.quantizing import llmcompressor_gptq
-from trimtab.models import load, tokenizer_of
+from trimtab.models import ledger_of, load, tokenizer_of
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.views import ModelView
 
@@ -26,16 +29,17 @@ GROUP = 64
 SEQUENCES, LENGTH = 32, 256
 WINDOWS = 24
 
-Quantize = Callable[[PreTrainedModel, CalibrationSet, int], None]
-"""Rounds the linears of the blocks in place: (model, text, bits)."""
+Quantize = Callable[[PreTrainedModel, CalibrationSet, int], float]
+"""Rounds the linears of the blocks in place: (model, text, bits of codes) -> stored bits per weight, everything."""
 
 
-def llmcompressor(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
+def llmcompressor(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
     """GPTQ of llmcompressor with its defaults, asymmetric groups."""
     llmcompressor_gptq(model, text.tokens, bits=bits, group_size=GROUP, symmetric=False)
+    return _packed(bits)
 
 
-def auto_round(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
+def auto_round(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
     """auto-round with its default 200 steps per block, asymmetric groups."""
     module: Any = importlib.import_module("auto_round")
     rows: Any = [{"input_ids": row} for row in text.tokens]
@@ -51,9 +55,15 @@ def auto_round(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
         enable_torch_compile=False,
     )
     tuner.quantize()
+    return _packed(bits)
 
 
-def hqq(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
+def _packed(bits: int) -> float:
+    """A 16-bit scale for each group, and a zero point packed like the codes."""
+    return bits + (16 + bits) / GROUP
+
+
+def hqq(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
     """hqq with its defaults: no text, zero points are numbers."""
     quantize: Any = importlib.import_module("hqq.core.quantize")
     config = quantize.BaseQuantizeConfig(nbits=bits, group_size=GROUP, axis=1)
@@ -63,15 +73,19 @@ def hqq(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
             linear.module, config, compute_dtype=torch.float32, device="cpu", initialize=True, del_orig=False
         )
         linear.set_weight(made.dequantize())
+    return bits + 2 * 16 / GROUP
 
 
 def _ours(name: str, **options: Any) -> Quantize:
-    def run(model: PreTrainedModel, text: CalibrationSet, bits: int) -> None:
+    def run(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
         from trimtab.core.recipe import Recipe
         from trimtab.weights import compress
 
         recipe = Recipe.from_dict({"steps": [{"method": name, "bits": bits, **options}]}, source=name)
         compress(model, recipe, calibration=text, progress=False)
+        found = ledger_of(model).bits_per_weight
+        assert found is not None
+        return found
 
     return run
 
@@ -82,28 +96,45 @@ SYSTEMS: dict[str, tuple[str, Quantize]] = {
     "trimtab/awq": ("trimtab", _ours("awq")),
     "trimtab/hqq": ("trimtab", _ours("hqq")),
     "trimtab/pv_tuning": ("trimtab", _ours("pv_tuning")),
+    "trimtab/vq": ("trimtab", _ours("vq")),
+    "trimtab/pv_tuning of vq": ("trimtab", _ours("pv_tuning", base="vq")),
     "llmcompressor/gptq": ("llmcompressor", llmcompressor),
     "auto-round": ("auto-round", auto_round),
     "hqq": ("hqq", hqq),
 }
 
 
-def measure(model: str = "ref", bits: tuple[int, ...] = (2, 3)) -> Iterator[dict[str, Any]]:
-    """One entry for each system and number of bits: KL, seconds, or the error that stopped it."""
-    predictions = NextTokens.of(load(model, dtype=torch.float32), windows=WINDOWS)
-    for count in bits:
-        for system, (package, quantize) in SYSTEMS.items():
-            subject = load(model, dtype=torch.float32)
-            text = CalibrationSet.from_text(None, tokenizer_of(subject), sequences=SEQUENCES, length=LENGTH)
-            entry: dict[str, Any] = {"system": system, "bits": count, "group_size": GROUP}
-            started = time.perf_counter()
-            try:
-                version = importlib.metadata.version(package)
-                quantize(subject, text, count)
-            except Exception as error:  # another library's, or it is not installed: its row says so
-                yield {**entry, "error": f"{type(error).__name__}: {error}"}
-                continue
-            seconds = time.perf_counter() - started
-            moved = divergence(subject, predictions).estimates()
-            figures = {name: estimate.to_dict() for name, estimate in moved.items()}
-            yield {**entry, "version": version, "seconds": seconds, "prose": figures}
+def measure(model: str = "ref", bits: Sequence[int] = (2, 3), processes: int = 2) -> Iterator[dict[str, Any]]:
+    """One entry for each system and number of bits: KL, seconds, or the error that stopped it.
+
+    processes   systems measured at a time, each with one thread
+    """
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        jobs = [(model, system, count) for system in SYSTEMS for count in bits]
+        yield from pool.map(_entry, *zip(*jobs, strict=True))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def _predictions(model: str) -> NextTokens:
+    return NextTokens.of(load(model, dtype=torch.float32), windows=WINDOWS)
+
+
+def _entry(model: str, system: str, bits: int) -> dict[str, Any]:
+    package, quantize = SYSTEMS[system]
+    subject = load(model, dtype=torch.float32)
+    text = CalibrationSet.from_text(None, tokenizer_of(subject), sequences=SEQUENCES, length=LENGTH)
+    entry: dict[str, Any] = {"system": system, "bits": bits, "group_size": GROUP, "calibration_tokens": text.count}
+    started = time.perf_counter()
+    try:
+        version = importlib.metadata.version(package)
+        stored = quantize(subject, text, bits)
+    except Exception as error:  # another library's, or it is not installed: its row says so
+        return {**entry, "error": f"{type(error).__name__}: {error}"}
+    seconds = time.perf_counter() - started
+    moved = divergence(subject, _predictions(model)).estimates()
+    figures = {name: estimate.to_dict() for name, estimate in moved.items()}
+    return {**entry, "version": version, "seconds": seconds, "bits_per_weight": stored, "prose": figures}

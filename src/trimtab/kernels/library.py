@@ -16,7 +16,7 @@ from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
 
 log = logging.getLogger("trimtab.kernels")
 
-ABI = 2
+ABI = 3
 """TT_ABI of native/api.h."""
 ISA_VARIABLE = "TRIMTAB_ISA"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
@@ -45,6 +45,49 @@ class GridWeightStruct(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("scale_dtype", ctypes.c_int32),
         ("zero_dtype", ctypes.c_int32),
+    )
+
+
+class BlockTermStruct(ctypes.Structure):
+    """tt_block_term of native/api.h."""
+
+    _fields_ = (
+        ("right", ctypes.c_void_p),
+        ("left", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class BlockLinearStruct(ctypes.Structure):
+    """tt_block_linear of native/api.h."""
+
+    _fields_ = (
+        ("weight", GridWeightStruct),
+        ("terms", ctypes.c_void_p),
+        ("term_count", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class BlockNormStruct(ctypes.Structure):
+    """tt_block_norm of native/api.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float))
+
+
+class BlockStruct(ctypes.Structure):
+    """tt_block of native/api.h."""
+
+    _fields_ = (
+        *((name, BlockLinearStruct) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, BlockNormStruct) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        ("head_dim", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
     )
 
 
@@ -120,6 +163,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_grid_dequantize": (i32, (pointer, i64, i64, pointer, i32, i32, i32)),
         "tt_low_rank_add": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_sparse_add": (i32, (pointer, pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "tt_block_before": (i32, (*[pointer] * 4, i64, pointer, i64, i32)),
+        "tt_block_after": (i32, (*[pointer] * 4, i64, i32)),
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_codebook_matmul": (i32, (*[pointer] * 6, i64, i32)),
         "tt_codebook_dequantize": (i32, (*[pointer] * 5, i64, i32)),

@@ -115,6 +115,25 @@ class CalibrationSet:
         prefix = torch.tensor(begin, dtype=torch.int64).expand(len(rows), -1)
         return cls.from_tokens(torch.cat([prefix, rows], dim=1), source=source)
 
+    def split(self, share: float) -> tuple[Tensor, Tensor]:
+        """Indices of the sequences to learn from and, from the end of the text, of about `share` of all to choose by.
+
+        Raises DataError for a single sequence, of which neither could be left out.
+        """
+        count = len(self.tokens)
+        if count < 2:
+            raise DataError(
+                f"tuning needs at least 2 calibration sequences, one to train on and one to choose by; "
+                f"{self.source} gives {count}. Use a longer text, or shorter sequences."
+            )
+        held = min(count - 1, max(1, round(share * count)))
+        order = torch.arange(count)
+        return order[:-held], order[-held:]
+
+    def take(self, sequences: Tensor) -> CalibrationSet:
+        """These sequences alone."""
+        return self.from_tokens(self.tokens[sequences], self.mask[sequences], self.source)
+
 
 def _read(text_or_path: str | Path | None) -> tuple[str, str]:
     """The text and what to call it."""

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from trimtab.core.errors import TrimtabError
 from trimtab.models.attention import use_backend
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.families import family_of
+from trimtab.models.fast_block import use_fast_block
 from trimtab.models.fast_linear import use_fast_linear
 from trimtab.models.shared_input import SharedInput
 from trimtab.models.views import ModelView
@@ -28,7 +30,7 @@ def fast_decoding(model: PreTrainedModel) -> None:
     try:
         if model.device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
             use_backend(model)
-        blocks = ModelView.of(model).blocks
+        blocks, family = ModelView.of(model).blocks, family_of(model)
     except TrimtabError as error:
         log.info("decoding stays as it is: %s", error)
         return
@@ -38,3 +40,5 @@ def fast_decoding(model: PreTrainedModel) -> None:
             shared = SharedInput(layers) if len(layers) > 1 else None
             for layer in layers:
                 layer.share(shared)
+        if reason := use_fast_block(block, family):
+            log.info("%s decodes module by module: %s", block.name, reason)

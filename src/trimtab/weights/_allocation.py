@@ -12,8 +12,12 @@ well scaled; the constraint matrix is sparse.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +99,8 @@ def _solve(cost: np.ndarray, size: np.ndarray, slots: np.ndarray, room: int, sec
         upper = np.concatenate([np.ones(count), [tightened / scale]])
         constraint = LinearConstraint(vstack([one_each, csr_matrix(size[None] / scale)]), lower, upper)
         options = {"mip_rel_gap": 0.0, "time_limit": seconds}
-        found = milp(cost / largest, constraints=constraint, integrality=1, bounds=Bounds(0, 1), options=options)
+        with _silent_library():
+            found = milp(cost / largest, constraints=constraint, integrality=1, bounds=Bounds(0, 1), options=options)
         if found.x is None:
             if found.status == _TIME_LIMIT:
                 raise NumericsError(f"the allocator found no choice within {seconds:g} s for {count} matrices.")
@@ -117,3 +122,19 @@ def _check(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]) -> 
     for index, row in enumerate(costs):
         if not all(math.isfinite(cost) for cost in row):
             raise NumericsError(f"the allocator got costs {list(row)} for matrix {index}; they must be numbers.")
+
+
+@contextmanager
+def _silent_library() -> Iterator[None]:
+    """HiGHS writes a line of its own to standard output now and then, where a command's JSON document goes."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)  # what C still holds back would come out later
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)

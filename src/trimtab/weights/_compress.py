@@ -128,7 +128,8 @@ def _compress(
         teacher = _frozen_copy(model) if prepared.tunes else None
         bar = bars.progress(f"compressing with {built.name()}", len(targets), shown=progress)
         with bar as advance:
-            BlockLoop(model, prepared, targets, chosen, mode, seed, state, record).run(advance)
+            seen = None if chosen is None else prepared.statistics_text(chosen)
+            BlockLoop(model, prepared, targets, seen, mode, seed, state, record).run(advance)
         if teacher is not None:
             with record.timed("tune"):
                 record.metrics["tuning"] = prepared.tune(Tuning(model, teacher, chosen, seed, record, progress))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.core.errors import DataError, NumericsError
+from trimtab.core.errors import NumericsError
 from trimtab.models.calibration_set import CalibrationSet
 
 LogitLoss = Callable[[Tensor, Tensor], Tensor]
@@ -65,21 +65,6 @@ class Distillation:
         self.loss = loss
         self._kept: dict[int, Tensor] = {}
         self._kept_bytes = 0
-
-    def split(self, share: float) -> tuple[Tensor, Tensor]:
-        """Indices of the sequences to train on and, from the end of the text, of about `share` of all to choose by.
-
-        Raises DataError for a single sequence, of which neither could be left out.
-        """
-        count = len(self.calibration.tokens)
-        if count < 2:
-            raise DataError(
-                f"tuning needs at least 2 calibration sequences, one to train on and one to choose by; "
-                f"{self.calibration.source} gives {count}. Use a longer text, or shorter sequences."
-            )
-        held = min(count - 1, max(1, round(share * count)))
-        order = torch.arange(count)
-        return order[:-held], order[-held:]
 
     def batches(self, sequences: Tensor, size: int, seed: int) -> Iterator[Tensor]:
         """Batches of `size` of these sequences without end, each epoch in another order; all of them if fewer."""

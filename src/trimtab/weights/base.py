@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trimtab.core.recipe import Step
+    from trimtab.models.calibration_set import CalibrationSet
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView, LinearView
     from trimtab.tensors.compressed import CompressedTensor
@@ -75,6 +76,10 @@ class WeightMethod(Method):
     def needs_text(self) -> bool:
         """Whether calibration text is read at all: for statistics, or by `prepare` or `tune`."""
         return bool(self.needs)
+
+    def statistics_text(self, calibration: CalibrationSet) -> CalibrationSet:
+        """The part of the calibration text that statistics are gathered on. The rest is for `tune` to choose by."""
+        return calibration
 
     @property
     def tunes(self) -> bool:

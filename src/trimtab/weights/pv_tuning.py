@@ -21,16 +21,17 @@ the loss is smooth enough. Modes:
     naive         delta = 1, tau = 1, no rho: a gradient step, then the nearest codes; known to fail
     continuous    P only
 
-A part of the calibration text, its end, is not trained on: every `check_every` steps the model, as it would be stored,
-is measured there, and the best so far is what remains, the base's own result included. So the loss of what is kept
-never rises.
+A part of the calibration text, its end, is neither trained on nor shown to the base: every `check_every` steps the
+model, as it would be stored, is measured there, and the best so far is what remains, the base's own result included. So
+the loss of what is kept never rises.
 
 Departures from the authors' code:
   - Both steps are relative to the norm of what they move (LAMB without its clipping), so that one pair of rates serves
     scales, zero points and codebooks of any size.
-  - Rates fall linearly to zero, and they, tau and rho are higher (theirs: 3e-4, 3e-3, 0.01 and 0.01): our runs are
-    hundreds of batches of 2,048 tokens, theirs of a million each. In small matrices rho = 0.01 lets one code change per
-    step. The defaults were chosen on the held-out calibration text of `ref-mini` at 2 bits, in runs of 50 steps.
+  - Rates fall linearly to zero and are lower where rounding errors are; and they, tau and rho are higher (theirs: 3e-4,
+    3e-3, 0.01 and 0.01): our runs are hundreds of batches of 2,048 tokens, theirs of a million each. In small matrices
+    rho = 0.01 lets one code change per step. The defaults were chosen on calibration text of `ref-mini`: at 2 bits in
+    runs of 50 steps, what is left of them at 3 bits in runs of 100 and 200.
   - The subspace is the top groups only, not sampled; embeddings and head are not trained, norms if `norms` asks.
   - Any LinearMethod is a base, so grids and NormalFloat levels are tuned as codebooks are.
 
@@ -54,6 +55,7 @@ from trimtab.weights.base import LinearMethod, Notes, WeightMethod
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trimtab.models.calibration_set import CalibrationSet
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import LinearView
     from trimtab.tensors.compressed import CompressedTensor
@@ -76,10 +78,11 @@ class PvTuning(LinearMethod):
     mode               see above
     steps              batches
     batch_tokens       tokens in a batch (at least one sequence)
-    lr                 relative step of scales, zero points, codebooks, norms; falls linearly to zero
+    lr                 relative step of scales, zero points, codebooks, norms; falls linearly to zero. This and the next
+                       two are for 2 bits, and a third of it for every further bit: rounding errors are smaller
     code_lr            relative step of the weights that codes follow; likewise
-    max_code_change    tau, the share of code groups that may change in one step of a matrix
     trust_ratio        rho, the length of the changes of codes in one step, relative to the matrix
+    max_code_change    tau, the share of code groups that may change in one step of a matrix
     norms              train the norms of the blocks and the last one as well
     held_out           share of the calibration sequences to choose the best state by
     check_every        steps between two measurements on them
@@ -93,8 +96,8 @@ class PvTuning(LinearMethod):
     batch_tokens: int = 2048
     lr: float = 1e-2
     code_lr: float = 0.05
-    max_code_change: float = 0.05
     trust_ratio: float = 0.3
+    max_code_change: float = 0.05
     norms: bool = False
     held_out: float = 0.125
     check_every: int = 10
@@ -135,6 +138,10 @@ class PvTuning(LinearMethod):
     def needs_text(self) -> bool:
         return True
 
+    def statistics_text(self, calibration: CalibrationSet) -> CalibrationSet:
+        """Without the end, by which the best state is chosen: a base that knew it would look better than it is."""
+        return calibration.take(calibration.split(self.held_out)[0])
+
     @property
     def tunes(self) -> bool:
         return True
@@ -153,7 +160,7 @@ class PvTuning(LinearMethod):
         """What the mode lets codes do; None: nothing."""
         from trimtab.weights._pv_step import CodeRules
 
-        tau, rho = self.max_code_change, self.trust_ratio
+        tau, rho = self.max_code_change, self.trust_ratio * self._scale
         return {
             "pv_ste": CodeRules(tau, rho),
             "subspace": CodeRules(tau, rho, decay=1.0, force=True),
@@ -161,6 +168,10 @@ class PvTuning(LinearMethod):
             "naive": CodeRules(decay=1.0),
             "continuous": None,
         }[self.mode]
+
+    @property
+    def _scale(self) -> float:
+        return 3.0 ** (2 - self.bits)
 
     def tune(self, tuning: Tuning) -> Notes:
         """P and V steps; the notes have the loss on held-out calibration text before and after, nats per token."""
@@ -171,7 +182,7 @@ class PvTuning(LinearMethod):
         assert tuning.calibration is not None
         norms = _norms(tuning) if self.norms else ()
         loss = Distillation(tuning.model, tuning.teacher, tuning.calibration)
-        train, held = loss.split(self.held_out)
+        train, held = tuning.calibration.split(self.held_out)
         batch = max(1, self.batch_tokens // tuning.calibration.length)
         batches = loss.batches(train, batch, tuning.seed)
         changes = 0
@@ -186,7 +197,7 @@ class PvTuning(LinearMethod):
             bar = bars.progress("tuning", self.steps, shown=tuning.progress)
             with bar as advance:
                 for step in range(1, self.steps + 1):
-                    rate = 1 - (step - 1) / self.steps
+                    rate = self._scale * (1 - (step - 1) / self.steps)
                     student.zero_gradients()
                     loss.backward(next(batches))
                     student.pull_back()

@@ -99,19 +99,26 @@ class ModelProposer(Proposer):
                     ],
                 )
                 found = rows
-            for row, tree in enumerate(trees):
-                if level >= limits[row] or not growing[row]:
-                    growing[row] = []
-                    continue
-                nodes = growing[row]
-                probs = self._probs(found[row], texts[row], tree, nodes)
-                growing[row] = self.grow(tree, dict(zip(nodes, probs, strict=True)), level, generators[row])
+            probs = self._probs(found, texts, trees, growing)
+            growing = [
+                self.grow(tree, dict(zip(growing[row], probs[row], strict=True)), level, generators[row])
+                if level < limits[row] and growing[row]
+                else []
+                for row, tree in enumerate(trees)
+            ]
             if not any(growing):
                 break
         return trees
 
-    def _probs(self, rows: Rows, text: Sequence[int], tree: DraftTree, nodes: Sequence[int]) -> Tensor:
-        return self._distribution(rows, lambda i: [*text, *(tree.tokens[n] for n in tree.path(nodes[i]))])
+    def _probs(
+        self,
+        rows: Sequence[Rows],
+        texts: Sequence[Sequence[int]],
+        trees: Sequence[DraftTree],
+        nodes: Sequence[Sequence[int]],
+    ) -> list[Tensor]:
+        """For each text the draft distributions after these of its nodes."""
+        return self._distribution.of_each(rows, lambda text, i: trees[text].prefix(texts[text], nodes[text][i]))
 
     def _started(self, texts: Sequence[Sequence[int]]) -> Reader:
         if self._reader is None:

@@ -47,5 +47,7 @@ def make_model_and_tokens(folder: Path, setting: Setting) -> None:
     else:
         sizes = weight_decode.Setting(seed=setting.seed, prompt=setting.length)
         make_model(folder, sizes, gguf=False)
+        # llmcompressor wants a tokenizer beside tokens; that of `ref` has as many
+        tokenizer_of(models.load("ref")).save_pretrained(folder)
         generator = torch.Generator().manual_seed(setting.seed)
         write_tokens(folder, torch.randint(sizes.vocabulary, (setting.sequences, setting.length), generator=generator))

@@ -20,7 +20,7 @@ from trimtab.evaluation.kl import window_tokens
 from trimtab.models import tokenizer_of
 
 LEAST_SAME = 0.2
-"""Share of tokens that must be those of the first system. In bfloat16 texts part at near ties, which passes over different
+"""Share of tokens that must be those of the first system. In bfloat16 texts part at near ties, which passes over other
 numbers of tokens round differently; a system that decodes something else parts at once."""
 
 

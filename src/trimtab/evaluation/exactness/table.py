@@ -29,23 +29,22 @@ class TableModel:
         self.depth = depth
         self.vocabulary = vocabulary
         random = np.random.default_rng(seed)
-        sizes = [vocabulary**level for level in range(depth)]
-        self._tables = [_conditionals(random, size, vocabulary) for size in sizes]
-        self._early = {place: [_conditionals(random, size, vocabulary) for size in sizes] for place in early}
+        sizes: list[int] = [vocabulary**level for level in range(depth)]
+        self._starts = [sum(sizes[:level]) for level in range(depth)]
+        self._tables = {layer: _conditionals(random, sum(sizes), vocabulary) for layer in (None, *early)}
 
     def rows(self, new: Sequence[Sequence[int]]) -> Rows:
         """After each of these sequences of new tokens."""
-        early = {place: self._look_up(tables, new) for place, tables in self._early.items()}
-        return Rows(self._look_up(self._tables, new), early)
-
-    def _look_up(self, tables: Sequence[Tensor], new: Sequence[Sequence[int]]) -> Tensor:
-        return torch.stack([tables[len(own) % self.depth][self._index(own)] for own in new])
+        index = torch.tensor([self._index(own) for own in new], dtype=torch.long)
+        found = {layer: table[index] for layer, table in self._tables.items()}
+        logits = found.pop(None)
+        return Rows(logits, {layer: rows for layer, rows in found.items() if layer is not None})
 
     def _index(self, own: Sequence[int]) -> int:
-        index = 0
-        for token in own[len(own) - len(own) % self.depth :]:
+        index, level = 0, len(own) % self.depth
+        for token in own[len(own) - level :]:
             index = index * self.vocabulary + token
-        return index
+        return self._starts[level] + index
 
 
 def _conditionals(random: np.random.Generator, rows: int, vocabulary: int) -> Tensor:
@@ -68,18 +67,15 @@ class TableReader:
 
     def read(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> list[Rows]:
         self.forwards += 1
-        found = []
+        new: list[list[int]] = []
         for row, (own, before) in enumerate(zip(tokens, parents, strict=True)):
             drafts = self._drafts[row]
             for token, parent in zip(own, before, strict=True):
                 if not ROOT <= parent < len(drafts):
                     raise DataError(f"drafted token {len(drafts)} follows token {parent}, which does not come before.")
                 drafts.append([*(self.texts[row] if parent == ROOT else drafts[parent]), token])
-            read = drafts[len(drafts) - len(own) :]
-            found.append(
-                self.model.rows([text[1:] for text in read]) if read else Rows(torch.empty(0, self.vocabulary))
-            )
-        return found
+            new += [text[1:] for text in drafts[len(drafts) - len(own) :]]
+        return self.model.rows(new).split([len(own) for own in tokens])
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         for row, path in enumerate(paths):

@@ -24,7 +24,8 @@ from trimtab.kernels.library import DTYPES, check, isa_limit, native_library
 from trimtab.kernels.refusals import refused
 
 _RUN = struct.Struct("=10q15q6i")  # tt_kv_run of native/api.h
-_LANE = struct.Struct("=8q")  # tt_kv_lane
+_EXACT_RUN = struct.Struct("=6q32xq112x4i8x")  # the same of exact numbers, all else zero
+LANE = struct.Struct("=8q")  # tt_kv_lane
 _PROBLEM = struct.Struct("=14q8q2f2i")  # tt_kv_problem
 _MISFITS = {
     3: "runs of a lane have other heads or head dimensions, or its keys and values cover different tokens",
@@ -95,16 +96,47 @@ def kv_attention_native(
     for lane in lanes:
         keys, values = len(lane.keys), len(lane.values)
         at = len(runs)
-        packed_lanes.append(_LANE.pack(lane.row, lane.tokens, len(heads), len(lane.heads), at, keys, at + keys, values))
+        packed_lanes.append(LANE.pack(lane.row, lane.tokens, len(heads), len(lane.heads), at, keys, at + keys, values))
         heads.extend(lane.heads)
         runs.extend(_described_bytes(lane.keys))
         runs.extend(_described_bytes(lane.values))
     kv_heads = sum(len(lane.heads) for lane in lanes if lane.row == lanes[0].row)
-    problem = _PROBLEM.pack(
-        *(rows, query_heads, length, dim),
-        *query.stride()[:1],
-        *query.stride()[1:3],
-        *(query_heads // max(kv_heads, 1), len(lanes)),
+    described = problem(
+        query,
+        out,
+        lse,
+        group=query_heads // max(kv_heads, 1),
+        lanes=len(lanes),
+        scale=scale,
+        rope=rope,
+        softcap=softcap,
+        bias=bias,
+        first_visible=first_visible,
+        tail_visible=tail_visible,
+    )
+    run(described, b"".join(packed_lanes), struct.pack(f"={len(heads)}q", *heads), b"".join(runs))
+    return out, lse
+
+
+def problem(
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    group: int,
+    lanes: int,
+    scale: float,
+    rope: Rope | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    first_visible: Tensor | None = None,
+    tail_visible: Tensor | None = None,
+) -> bytes:
+    """tt_kv_problem: what all lanes share. It points into the tensors."""
+    return _PROBLEM.pack(
+        *query.shape,
+        *query.stride()[:3],
+        *(group, lanes),
         *((0, 0) if rope is None else rope.cos.shape),
         *((0, 0) if bias is None else bias.stride()[:2]),
         0 if tail_visible is None else tail_visible.shape[2],
@@ -114,17 +146,25 @@ def kv_attention_native(
         *(out.data_ptr(), lse.data_ptr()),
         *(scale, softcap or 0.0, DTYPES[query.dtype], isa_limit()),
     )
-    status = native_library().tt_kv_attention(
-        problem,
-        b"".join(packed_lanes),
-        struct.pack(f"={len(heads)}q", *heads),
-        b"".join(runs),
-        torch.get_num_threads(),
+
+
+def exact_run(tensor: Tensor, row: int) -> bytes:
+    """tt_kv_run of one row of dense keys or values [R, H, m, d], the last dimension contiguous."""
+    _, heads, tokens, dim = tensor.shape
+    steps = tensor.stride()
+    return _EXACT_RUN.pack(
+        *(tokens, heads, dim, -1, steps[1], steps[2]),
+        tensor.data_ptr() + row * steps[0] * tensor.element_size(),
+        *(0, 1, 0, DTYPES[tensor.dtype]),
     )
+
+
+def run(described: bytes, lanes: bytes, heads: bytes, runs: bytes) -> None:
+    """The library's call. Raises ConfigError for lanes whose runs do not fit each other or the rotary table."""
+    status = native_library().tt_kv_attention(described, lanes, heads, runs, torch.get_num_threads())
     if status in _MISFITS:
         raise ConfigError(f"kv_attention cannot read these lanes: {_MISFITS[status]}.")
     check(status)
-    return out, lse
 
 
 def _is_table(table: Tensor) -> bool:

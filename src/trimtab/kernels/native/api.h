@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define TT_ABI 2
+#define TT_ABI 3
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4, TT_BAD_INDEX = 5 };
@@ -22,6 +22,38 @@ struct tt_grid_weight {
   int64_t level_step;                             // floats from one row's levels to the next: 0 or 2^bits
   int32_t bits;                                   // 2, 3, 4, 8
   int32_t scale_dtype, zero_dtype;
+};
+
+// What a product has added to it: a low-rank term, right [rank][in] and left [out][rank], or one in compressed sparse
+// rows, offsets [out + 1] into values and columns. What the other kind has is null.
+struct tt_block_term {
+  const void *right, *left, *values;
+  const int32_t *columns, *offsets;
+  int64_t rank;
+  int32_t dtype;  // of factors (1, 2) or values (0 to 2), as in tt_grid_weight
+};
+
+// A linear layer of a block: the product, rounded; plus each term, rounded; plus a bias of the dtype of x, or null.
+struct tt_block_linear {
+  tt_grid_weight weight;
+  const tt_block_term* terms;
+  int64_t term_count;
+  const void* bias;
+};
+
+// A norm: weight[i] * (x[i] / sqrt(mean(x^2) + epsilon)), the weight of the dtype of x; null: none.
+struct tt_block_norm {
+  const void* weight;
+  float epsilon;
+};
+
+// A transformer block of Llama's form. Its parts fit each other; the caller has checked that.
+struct tt_block {
+  tt_block_linear q, k, v, o, gate, up, down;
+  tt_block_norm attention_norm, mlp_norm, q_norm, k_norm;  // the last two of each head, before it is rotated
+  int64_t head_dim;
+  int32_t dtype;  // of all that is not packed, as in tt_grid_weight
+  int32_t isa;
 };
 
 struct tt_linear_problem {
@@ -69,6 +101,15 @@ TT_EXPORT int32_t tt_grid_matmul(const tt_grid_weight* weights, int64_t count, c
 // The dense rows [first, first + rows) of a weight, [rows][in] of `dtype`.
 TT_EXPORT int32_t tt_grid_dequantize(const tt_grid_weight* weight, int64_t first, int64_t rows, void* out,
                                      int32_t dtype, int32_t isa, int32_t threads);
+
+// Up to attention: out holds the queries, then the keys, then the values of x [rows][hidden], each [rows][heads][head_dim];
+// queries and keys are normed and rotated. Row r reads row r % positions of cos and sin [positions][head_dim].
+TT_EXPORT int32_t tt_block_before(const tt_block* block, const void* x, const void* cos, const void* sin,
+                                  int64_t positions, void* out, int64_t rows, int32_t threads);
+
+// From attention on: out [rows][hidden] of the attended values [rows][heads * head_dim] and the block's input.
+TT_EXPORT int32_t tt_block_after(const tt_block* block, const void* attended, const void* x, void* out, int64_t rows,
+                                 int32_t threads);
 
 // x [rows][in], weight [out][in], bias [out] or null, out [rows][out]; all contiguous, 1 to 8 rows. Returns as above.
 TT_EXPORT int32_t tt_half_linear(const tt_linear_problem* problem, const void* x, const void* weight, const void* bias,

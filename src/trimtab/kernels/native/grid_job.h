@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "grid_matmul.h"
+#include "threads.h"
 
 namespace trimtab {
 
@@ -30,6 +31,7 @@ struct Job {
   void* out;
   const Job* like;             // the first job that wants the inputs laid out as this one does
   uint8_t* scratch;            // of its inputs, if that is this one
+  bool as_they_are;            // its inputs are read where they are: nothing to lay out
   std::vector<Inputs> inputs;  // by tile
 
   int64_t head() const { return plan.blocks * kLanes * codes_per_lane(weight->bits); }  // inputs of the full blocks
@@ -53,6 +55,29 @@ void each_share(const std::vector<Job>& jobs, int id, int count, F&& f) {
     if (begin < end) f(job, begin, end);
   }
 }
+
+// The products of one x with several weights, planned by one thread and computed by a team. Kept between calls: planning
+// allocates nothing once the sizes have been seen.
+struct Products {
+  std::vector<Job> jobs;
+  std::vector<std::vector<Segment>> segments;
+  std::vector<uint8_t> inputs;
+
+  void size(size_t count) {
+    jobs.resize(count);
+    segments.resize(std::max(segments.size(), count));
+  }
+};
+
+// One product of those that `size` has made room for; out is [batch][out].
+void plan_job(Products& products, const Call& call, size_t index, const tt_grid_weight& weight, void* out);
+
+// After all jobs are planned: gives the inputs of those that differ in them a place each.
+void place_inputs(Products& products, const Call& call);
+
+// Multiplies packed rows as they are: called by every thread of the team, which waits if there are inputs to lay out. The
+// rows that `each_share` names for a thread are written by it.
+void run_packed(const Call& call, Products& products, const Team& team);
 
 // Writes rows out as bfloat16 in a cache and multiplies them: for kernels that have `panels`.
 void run_panels(const Call& call, const std::vector<Job>& jobs, int threads);

@@ -119,12 +119,10 @@ void run_rows(const Call& call, const Job& job, const Inputs& inputs, int64_t fi
 }
 
 struct Scratch {
-  std::vector<uint8_t> inputs;
-  std::vector<std::vector<Segment>> segments;
-  std::vector<Job> jobs;
   std::vector<float> row, parameters;
 };
-thread_local Scratch scratch;  // kept between calls: a call allocates nothing once the sizes have been seen
+thread_local Scratch scratch;
+thread_local Products products;
 
 // Calls f(tile, first batch row, index of its width) for each tile of batch rows.
 template <class F>
@@ -137,46 +135,63 @@ void each_tile(int64_t batch, F&& f) {
   }
 }
 
-// Multiplies packed rows as they are.
-void run_packed(const Call& call, std::vector<Job>& jobs, int threads) {
+}  // namespace
+
+void plan_job(Products& products, const Call& call, size_t index, const tt_grid_weight& weight, void* out) {
+  Job& job = products.jobs[index];
+  job.weight = &weight;
+  job.plan = make_plan(weight, call.kernels.segment_lanes, true, products.segments[index]);
+  job.bytes_per_row = row_bytes(weight);
+  job.wants_sums = call.kernels.wants_sums && weight.zeros;
+  job.out = out;
+}
+
+void place_inputs(Products& products, const Call& call) {
+  std::vector<Job>& jobs = products.jobs;
   int64_t tiles = 0, scratch_bytes = 64;
   each_tile(call.batch, [&](int64_t, int64_t, int) { ++tiles; });
   for (Job& job : jobs) {
     job.like = &*std::find_if(jobs.begin(), jobs.end(), [&](const Job& other) { return job.shares_inputs(other); });
     if (job.like == &job) scratch_bytes += call.batch * (input_bytes(call) + sum_bytes(job));
   }
-  scratch.inputs.resize(size_t(scratch_bytes));
-  uint8_t* place = scratch.inputs.data();
+  products.inputs.resize(size_t(scratch_bytes));
+  uint8_t* place = products.inputs.data();
   place += (64 - reinterpret_cast<uintptr_t>(place) % 64) % 64;
   for (Job& job : jobs) {
     if (job.like != &job) continue;
     job.inputs.resize(size_t(tiles));
     job.scratch = place;
+    job.as_they_are = call.kernels.bfloat16_inputs && call.batch == 1 && !job.wants_sums;
+    if (job.as_they_are) job.inputs[0] = prepare(call, job, 0, 1, place, scratch.row);  // which only points there
     place += call.batch * (input_bytes(call) + sum_bytes(job));
   }
-  parallel(threads, [&](int id, int count, auto barrier) {
-    for (Job& job : jobs) {
-      if (job.like != &job) continue;
+}
+
+void run_packed(const Call& call, Products& products, const Team& team) {
+  int64_t tiles = 0;
+  each_tile(call.batch, [&](int64_t, int64_t, int) { ++tiles; });
+  bool laid_out = false;
+  for (Job& job : products.jobs) {
+    if (job.like != &job || job.as_they_are) continue;
+    laid_out = true;
+    each_tile(call.batch, [&](int64_t t, int64_t first, int index) {
+      if (t % team.count != team.id) return;
+      uint8_t* at = job.scratch + first * (input_bytes(call) + sum_bytes(job));
+      job.inputs[size_t(t)] = prepare(call, job, first, kWidths[index], at, scratch.row);
+    });
+  }
+  if (laid_out) team.wait();
+  each_share(products.jobs, team.id, team.count, [&](const Job& job, int64_t begin, int64_t end) {
+    const int64_t panel = tiles == 1 ? end - begin : std::max<int64_t>(8, kPanelBytes / job.bytes_per_row / 8 * 8);
+    for (int64_t row = begin; row < end; row += panel) {
       each_tile(call.batch, [&](int64_t t, int64_t first, int index) {
-        if (t % count != id) return;
-        uint8_t* at = job.scratch + first * (input_bytes(call) + sum_bytes(job));
-        job.inputs[size_t(t)] = prepare(call, job, first, kWidths[index], at, scratch.row);
+        const Inputs& inputs = job.like->inputs[size_t(t)];
+        run_rows(call, job, inputs, first, index, row, std::min(row + panel, end), scratch.parameters);
       });
     }
-    barrier();
-    each_share(jobs, id, count, [&](const Job& job, int64_t begin, int64_t end) {
-      const int64_t panel = tiles == 1 ? end - begin : std::max<int64_t>(8, kPanelBytes / job.bytes_per_row / 8 * 8);
-      for (int64_t row = begin; row < end; row += panel) {
-        each_tile(call.batch, [&](int64_t t, int64_t first, int index) {
-          const Inputs& inputs = job.like->inputs[size_t(t)];
-          run_rows(call, job, inputs, first, index, row, std::min(row + panel, end), scratch.parameters);
-        });
-      }
-    });
   });
 }
 
-}  // namespace
 }  // namespace trimtab
 
 extern "C" int32_t tt_grid_matmul(const tt_grid_weight* weights, int64_t count, const void* x, void* out, int64_t batch,
@@ -186,25 +201,20 @@ extern "C" int32_t tt_grid_matmul(const tt_grid_weight* weights, int64_t count, 
   if (!kernels) return TT_NO_ISA;
   try {
     const Call call{*kernels, static_cast<const uint8_t*>(x), dtype, batch, weights[0].in_features};
-    scratch.jobs.resize(size_t(count));
-    scratch.segments.resize(std::max(scratch.segments.size(), size_t(count)));
-    uint8_t* to = static_cast<uint8_t*>(out);
+    Products& planned = products;  // of this thread, not of those that share the work
+    planned.size(size_t(count));
     int64_t outputs = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const tt_grid_weight& weight = weights[i];
-      Job& job = scratch.jobs[size_t(i)];
-      job.weight = &weight;
-      job.plan = make_plan(weight, kernels->segment_lanes, true, scratch.segments[size_t(i)]);
-      job.bytes_per_row = row_bytes(weight);
-      job.wants_sums = kernels->wants_sums && weight.zeros;
-      job.out = to + outputs * batch * dtype_bytes(dtype);
-      outputs += weight.out_features;
+      void* own = static_cast<uint8_t*>(out) + outputs * batch * dtype_bytes(dtype);
+      plan_job(planned, call, size_t(i), weights[i], own);
+      outputs += weights[i].out_features;
     }
     const bool serial = batch * outputs * call.in_features < kSerialProducts;
     if (batch > kPackedBatch && kernels->panels[0]) {
-      run_panels(call, scratch.jobs, serial ? 1 : threads);
+      run_panels(call, planned.jobs, serial ? 1 : threads);
     } else {
-      run_packed(call, scratch.jobs, serial ? 1 : threads);
+      place_inputs(planned, call);
+      parallel(serial ? 1 : threads, [&](int id, int team, auto) { run_packed(call, planned, {id, team}); });
     }
     return TT_OK;
   } catch (const std::bad_alloc&) {

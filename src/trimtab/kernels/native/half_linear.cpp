@@ -2,7 +2,7 @@
 #include "half_linear.h"
 
 #include "api.h"
-#include "simple.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace trimtab {
@@ -35,25 +35,12 @@ extern "C" int32_t tt_half_linear(const tt_linear_problem* problem, const void* 
   const auto* weights = static_cast<const uint16_t*>(weight);
   const auto* biases = static_cast<const uint16_t*>(bias);
   auto* outs = static_cast<uint16_t*>(out);
-  const int together = kernels->rows[rows - 1];
   parallel(outputs * inputs < kSerialWeights ? 1 : threads, [&](int id, int count, auto) {
-    const int64_t begin = outputs * id / count, end = outputs * (id + 1) / count;
-    auto run = [&](HalfTileKernel kernel, int64_t row, int size, int64_t apart) {
-      float sums[4 * kHalfRows];
-      kernel({static_cast<const uint16_t*>(x), weights + row * inputs, apart * inputs, inputs, sums});
-      for (int r = 0; r < size; ++r) {
-        const int64_t at = row + r * apart;
-        const float shift = !biases ? 0 : bfloat16 ? bfloat16_to_float(biases[at]) : half_to_float(biases[at]);
-        for (int64_t b = 0; b < rows; ++b) {
-          const float value = sums[r * rows + b] + shift;
-          outs[b * outputs + at] = bfloat16 ? float_to_bfloat16(value) : float_to_half(value);
-        }
-      }
-    };
-    // The rows of a tile lie far apart, so that each of its memory streams is as long as it can be.
-    const int64_t apart = (end - begin) / together;
-    for (int64_t i = 0; i < apart; ++i) run(kernels->tiles[rows - 1], begin + i, together, apart);
-    for (int64_t row = begin + apart * together; row < end; ++row) run(kernels->single[rows - 1], row, 1, 0);
+    multiply_rows(*kernels, static_cast<const uint16_t*>(x), rows, weights, inputs, outputs * id / count,
+                  outputs * (id + 1) / count, [&](int64_t at, int64_t b, float sum) {
+                    const float value = sum + (biases ? load_number(biases, problem->dtype, at) : 0);
+                    outs[b * outputs + at] = narrow_number(value, problem->dtype);
+                  });
   });
   return TT_OK;
 }

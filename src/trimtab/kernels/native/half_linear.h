@@ -28,6 +28,24 @@ struct HalfKernels {
   HalfTileKernel single[kHalfRows];  // the same for one weight row
 };
 
+// Rows [begin, end) of weight [.][n] times x [rows][n], each result given to `store(row of weight, row of x, sum)`. The
+// rows of a tile lie far apart, so that each of its memory streams is as long as it can be.
+template <class Store>
+void multiply_rows(const HalfKernels& kernels, const uint16_t* x, int64_t rows, const uint16_t* weight, int64_t n,
+                   int64_t begin, int64_t end, Store&& store) {
+  auto run = [&](HalfTileKernel kernel, int64_t row, int size, int64_t apart) {
+    float sums[4 * kHalfRows];
+    kernel({x, weight + row * n, apart * n, n, sums});
+    for (int r = 0; r < size; ++r) {
+      for (int64_t b = 0; b < rows; ++b) store(row + r * apart, b, sums[r * rows + b]);
+    }
+  };
+  const int together = kernels.rows[rows - 1];
+  const int64_t apart = (end - begin) / together;
+  for (int64_t i = 0; i < apart; ++i) run(kernels.tiles[rows - 1], begin + i, together, apart);
+  for (int64_t row = begin + apart * together; row < end; ++row) run(kernels.single[rows - 1], row, 1, 0);
+}
+
 // Of the best instruction set up to `isa` that the machine has, or null.
 const HalfKernels* half_kernels_for(int32_t isa, bool bfloat16);
 

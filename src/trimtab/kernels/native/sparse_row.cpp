@@ -2,7 +2,7 @@
 #include "sparse_row.h"
 
 #include "api.h"
-#include "simple.h"
+#include "numbers.h"
 
 namespace trimtab {
 namespace {
@@ -31,6 +31,20 @@ SparseRow sparse_row_for(int32_t isa, int32_t dtype) {
     if (const SparseRow row = sparse_row_avx512(dtype)) return row;
   }
   return dtype == 0 ? scalar_row<0> : dtype == 1 ? scalar_row<1> : scalar_row<2>;
+}
+
+void add_sparse_rows(SparseRow row, const SparseRows& sparse, const float* x, void* out, int32_t out_dtype, int64_t rows,
+                     int64_t begin, int64_t end) {
+  const int64_t width = sparse.dtype == 0 ? 4 : 2;
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t first = sparse.offsets[o], entries = sparse.offsets[o + 1] - first;
+    if (!entries) continue;
+    const uint8_t* own = static_cast<const uint8_t*>(sparse.values) + first * width;
+    for (int64_t b = 0; b < rows; ++b) {
+      const float sum = row(own, sparse.columns + first, entries, x + b * sparse.in_features);
+      add_number(out, out_dtype, b * sparse.out_features + o, sum);
+    }
+  }
 }
 
 }  // namespace trimtab

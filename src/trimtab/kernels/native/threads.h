@@ -27,4 +27,17 @@ void parallel(int wanted, F&& f) {
 }
 
 }  // namespace
+
+// One of the threads of `parallel`, for functions that are called by all of them.
+struct Team {
+  int id, count;
+  void wait() const {
+#ifdef _OPENMP
+    if (count > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+};
+
 }  // namespace trimtab

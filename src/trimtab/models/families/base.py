@@ -60,6 +60,8 @@ class Family:
                             path from the attention or MLP -> role, in the order of the computation
     *_norm                  paths from a block; q_norm and k_norm from the attention
     rows                    configuration -> role -> rows of its parts, for fused layers
+    attention_arguments     attention module -> what it gives the attention function beside tensors, mask, dropout,
+                            scaling and its own arguments; None if blocks have not the form of `kernels/block_step`
     refuses                 configuration -> why a model of it cannot be viewed, or None
     small                   configuration of a random small model, for tests and benchmarks
     """
@@ -85,6 +87,7 @@ class Family:
     mlp_post_norm: str | None = None
     unit_offset_norms: bool = False
     parallel: Callable[[PretrainedConfig], bool] = lambda config: False
+    attention_arguments: Callable[[Any], dict[str, Any]] | None = None
     rows: Callable[[PretrainedConfig], Mapping[Role, Mapping[str, Rows]]] = _no_rows
     refuses: Callable[[PretrainedConfig], str | None] = _no_refusal
     small: Mapping[str, Any] = field(default_factory=dict)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from trimtab.models.families.base import SMALL, Family
 
-LLAMA = Family(name="llama", model_type="llama", small=SMALL)
+LLAMA = Family(name="llama", model_type="llama", attention_arguments=lambda attention: {}, small=SMALL)

@@ -4,4 +4,9 @@ from __future__ import annotations
 
 from trimtab.models.families.base import SMALL, Family
 
-MISTRAL = Family(name="mistral", model_type="mistral", small={**SMALL, "sliding_window": 24})
+MISTRAL = Family(
+    name="mistral",
+    model_type="mistral",
+    attention_arguments=lambda attention: {"sliding_window": getattr(attention.config, "sliding_window", None)},
+    small={**SMALL, "sliding_window": 24},
+)

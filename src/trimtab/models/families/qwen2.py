@@ -4,4 +4,9 @@ from __future__ import annotations
 
 from trimtab.models.families.base import SMALL, Family
 
-QWEN2 = Family(name="qwen2", model_type="qwen2", small={**SMALL, "tie_word_embeddings": True})
+QWEN2 = Family(
+    name="qwen2",
+    model_type="qwen2",
+    attention_arguments=lambda attention: {"sliding_window": attention.sliding_window},
+    small={**SMALL, "tie_word_embeddings": True},
+)
