@@ -31,11 +31,11 @@ def bytes_tokenizer(*merges: tuple[str, str]) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)  # type: ignore[no-untyped-call]
 
 
 PLAIN = bytes_tokenizer()
-MERGING = bytes_tokenizer(("t", "h"), ("th", "e"), ("e", "n"), ("a", "the"), (" ", "a"))
+MERGING = bytes_tokenizer(("t", "h"), ("th", "e"), ("e", "n"), ("a", "the"), ("Ġ", "a"))
 
 
 @pytest.fixture(scope="module")

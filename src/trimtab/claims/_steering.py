@@ -103,7 +103,8 @@ def _log_probs(model: PreTrainedModel, texts: Sequence[tuple[str, str]]) -> Tens
         counts[row, len(opening) : len(opening) + len(end)] = 1
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     log_probs = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return (log_probs * counts[:, 1:]).sum(dim=1)
+    total: Tensor = (log_probs * counts[:, 1:]).sum(dim=1)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def steered(*methods: DecodingMethod, writer: str = "ref") -> Steered:
     )
     prompts = openings(model)
     written = Decoder(model, methods, drafts=taught()).generate(prompts, sampling)
-    return Steered(tuple(reward(tokenizer.decode(tokens)) for tokens in written.tokens), written.ledger.committed)
+    return Steered(tuple(reward(str(tokenizer.decode(tokens))) for tokens in written.tokens), written.ledger.committed)
 
 
 def openings(model: PreTrainedModel) -> list[list[int]]:

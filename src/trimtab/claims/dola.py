@@ -11,6 +11,7 @@ import statistics as plain_statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -32,7 +33,7 @@ from trimtab.world.types import Example
 __all__ = ["CLAIMS"]
 
 QUESTIONS = 192
-BITS = 2
+BITS: Literal[2, 3] = 2
 ANSWER_TOKENS = 8
 TEXTS, NEW_TOKENS, DEPTH = 8, 24, 4
 STEPS, CONTEXT = 100, 64
@@ -80,7 +81,7 @@ def answers(name: str, task: str, method: Dola | None) -> Answers:
     sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop_strings=("\n",), stop_tokens=(tokenizer.eos_token_id,))
     prompts = [tokenizer(example.prompt)["input_ids"] for example in asked]
     written = Decoder(model, [] if method is None else [method]).generate(prompts, sampling).tokens
-    lines = [tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0] for tokens in written]
+    lines = [str(tokenizer.decode(tokens, skip_special_tokens=True)).split("\n")[0] for tokens in written]
     right = [float(line.strip() == example.answer.strip()) for line, example in zip(lines, asked, strict=True)]
     return Answers(tuple(right), tuple(example.cluster for example in asked))
 

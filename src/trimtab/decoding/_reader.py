@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -158,7 +158,7 @@ class ModelReader:
         self._columns += width
         mask = self._mask(held, width)
         device = self.model.device
-        with torch.inference_mode(), self._exits.listening() if self._exits else nullcontext({}) as early:
+        with torch.inference_mode(), self._early() as early:
             output = self.model(
                 input_ids=ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
@@ -172,6 +172,9 @@ class ModelReader:
             Rows(logits[row, : len(own)], {place: found[row, : len(own)].float() for place, found in early.items()})
             for row, own in enumerate(tokens)
         ]
+
+    def _early(self) -> AbstractContextManager[Mapping[Exit, Tensor]]:
+        return nullcontext({}) if self._exits is None else self._exits.listening()
 
     def _mask(self, held: int, width: int) -> Tensor | None:
         """bool [R, 1, width, held + drafted columns]; None where every token sees all before it."""

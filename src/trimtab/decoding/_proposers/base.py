@@ -78,8 +78,12 @@ class ModelProposer(Proposer):
         if deepest <= 0:
             return trees
         reader = self._started(texts)
-        self._read = [_Read(len(text) - len(kept)) for text, kept in zip(texts, reader.texts, strict=True)]
-        pending = [list(text[len(kept) :]) for text, kept in zip(texts, reader.texts, strict=True)]
+        # of a text without a draft nothing is read: its last token has to wait for the next draft, which follows it
+        pending = [
+            list(text[len(kept) :]) if limit > 0 else []
+            for text, kept, limit in zip(texts, reader.texts, limits, strict=True)
+        ]
+        self._read = [_Read(len(own)) for own in pending]
         rows = reader.read(pending, [list(range(-1, len(own) - 1)) for own in pending])
         growing = [[ROOT] for _ in texts]
         found = [Rows(own.logits[-1:]) for own in rows]

@@ -18,6 +18,9 @@ Bucket = Literal["low", "high"]
 Divergence = Literal["true", "official"]
 _DEEP = 40
 _BUCKET = 20
+_TINY = 1e-38
+_LOG_TINY = math.log(_TINY)
+"""Where a probability is zero, so that 0 log 0 is 0."""
 
 
 class DolaTransform:
@@ -44,7 +47,7 @@ class DolaTransform:
         if len(early) > 1:
             farthest = distances(log_probs, self.divergence).argmax(dim=0)
             premature = log_probs[farthest, torch.arange(len(mature), device=mature.device)]
-        contrast = mature - premature
+        contrast: Tensor = mature - premature
         if self.relative_top == 0:
             return contrast
         limit = mature.max(dim=-1, keepdim=True).values + math.log(self.relative_top)
@@ -55,15 +58,13 @@ def distances(log_probs: Tensor, divergence: Divergence) -> Tensor:
     """[J, n] in nats, of all but the last of log-probabilities [J + 1, n, V] from the last."""
     probs = log_probs.exp()
     mean = (probs[:-1] + probs[-1]) / 2
+    log_mean = mean.clamp_min(_TINY).log()
     if divergence == "true":
-        entropy = _entropy(probs)
-        return _entropy(mean) - (entropy[:-1] + entropy[-1]) / 2
-    return (mean * (mean.log() - (log_probs[:-1] + log_probs[-1]) / 2)).nan_to_num(nan=0.0).sum(-1)
-
-
-def _entropy(probs: Tensor) -> Tensor:
-    entropy: Tensor = torch.special.entr(probs).sum(-1)
-    return entropy
+        negative_entropy = (probs * log_probs.clamp_min(_LOG_TINY)).sum(-1)
+        found = (negative_entropy[:-1] + negative_entropy[-1]) / 2 - (mean * log_mean).sum(-1)
+    else:
+        found = (mean * (log_mean - (log_probs[:-1] + log_probs[-1]) / 2)).nan_to_num(nan=0.0).sum(-1)
+    return found
 
 
 def bucket(name: Bucket, blocks: int, *, tied: bool) -> tuple[int, ...]:
