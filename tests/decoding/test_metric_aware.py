@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_labels_that_are_words_follow_the_lead(mini: PreTrainedModel, labels: tu
     np.testing.assert_allclose(own.weights, np.array(single) / sum(single), rtol=1e-4)
 
 
-def test_scores_are_those_of_the_decoded_distribution_and_of_the_cache_in_use(letters: PreTrainedModel) -> None:
+def test_scores_are_those_of_the_decoded_distribution(letters: PreTrainedModel) -> None:
     def without_threes(logits: Tensor, rows: Rows, prefixes: Prefixes) -> Tensor:
         after_a_one = torch.tensor([prefixes(row)[-1] == 1 for row in range(len(logits))])
         logits = logits.clone()
@@ -103,10 +104,15 @@ def test_scores_are_those_of_the_decoded_distribution_and_of_the_cache_in_use(le
     own = method.decide(decoder, ["7="]).outcomes[0]
     assert own.probability(13.0) == 0
     assert own.probability(31.0) > 0
-    prompt = encoded(letters, "7=" * 40)
-    short = Decoder(letters, [method], new_cache=Kivi(bits=2, group_size=16, window=16).new)
-    plain, kept = (method.decide(model, [prompt]).outcomes[0].weights for model in (letters, short))
-    assert 0 < np.abs(plain - kept).max() < 0.2
+
+
+def test_scores_are_those_of_the_cache_in_use(mini: PreTrainedModel) -> None:
+    method = MetricAware(labels=("good", "bad"))
+    prompt = ["The road was long. " * 30 + REVIEWS[2]]
+    plain = method.decide(mini, prompt).outcomes[0].probability("bad")
+    decoder = Decoder(mini, [method], new_cache=Kivi(bits=2, group_size=32, window=32).new)
+    kept = method.decide(decoder, prompt).outcomes[0].probability("bad")
+    assert 0 < abs(plain - kept) < 0.5
 
 
 def test_the_terminator_tells_1_from_10(letters: PreTrainedModel) -> None:
@@ -184,15 +190,24 @@ def test_scoring_is_the_limit_of_sampling(letters: PreTrainedModel, draws: int) 
     values = own.numbers("squared_error")
     spread = math.sqrt(float(own.weights @ (values - scored.values[0]) ** 2) / kept)  # type: ignore[operator]
     assert abs(float(drawn.values[0]) - float(scored.values[0])) < 3 * spread
-    for value, weight in zip(own.values, own.weights, strict=True):
-        assert abs(other.probability(value) - weight) < 5 * math.sqrt(weight * (1 - weight) / kept) + 1e-9
+    likely = [(value, weight) for value, weight in zip(own.values, own.weights, strict=True) if weight * kept > 5]
+    assert len(likely) > 10
+    for value, weight in likely:
+        assert abs(other.probability(value) - weight) < 5 * math.sqrt(weight * (1 - weight) / kept)
     # this is a test of probabilities: those at another temperature are not within so little
     warped = np.array(own.weights) ** 0.7
     assert abs(float(warped @ values / warped.sum()) - float(scored.values[0])) > 3 * spread
 
 
+def below_fifty(model: PreTrainedModel) -> float:
+    """P(answer is below 50), by scoring all answers."""
+    labels = tuple(map(str, range(100)))
+    own = MetricAware(metric="squared_error", labels=labels, lead="").decide(model, ["7="]).outcomes[0]
+    return float(own.weights[own.numbers("") < 50].sum())
+
+
 def drawn_mean(model: PreTrainedModel, **options: object) -> tuple[float, float]:
-    """Mean and standard error over repetitions of an estimate of P(answer is below 50)."""
+    """The same estimated from draws, its mean and standard error over repetitions."""
     method = MetricAware(metric="gain", samples=30, lead="", **options)  # type: ignore[arg-type]
     found = method.decide(
         model, ["7="] * 40, sampling=Sampling(max_new_tokens=3), parse=digits_or_none, gain=lambda y, v: 0.0
@@ -202,11 +217,10 @@ def drawn_mean(model: PreTrainedModel, **options: object) -> tuple[float, float]
 
 
 def test_warped_draws_are_weighted_back(letters: PreTrainedModel) -> None:
-    labels = tuple(map(str, range(100)))
-    own = MetricAware(metric="squared_error", labels=labels, lead="").decide(letters, ["7="]).outcomes[0]
-    wanted = float(own.weights[own.numbers("") < 50].sum())
     mean, error = drawn_mean(letters, temperature=0.5, weights="importance")
-    assert abs(mean - wanted) < 4 * error + 0.02, "self-normalised weights are biased by one over the draws"
+    assert abs(mean - below_fifty(letters)) < 4 * error + 0.02, (
+        "self-normalised weights are biased by one over the draws"
+    )
 
 
 def test_draws_at_another_temperature_do_not_count_alike(letters: PreTrainedModel) -> None:
@@ -232,8 +246,7 @@ def test_draws_at_another_temperature_do_not_count_alike(letters: PreTrainedMode
             spent=[],
         )
     ]
-    fair, error = drawn_mean(letters)
-    assert abs(float(np.mean(below)) - fair) > 4 * (error + float(np.std(below)) / math.sqrt(40))
+    assert abs(float(np.mean(below)) - below_fifty(letters)) > 4 * float(np.std(below)) / math.sqrt(40) + 0.02
 
 
 def test_different_draws_weighted_by_their_probability_are_the_scores_of_those_drawn(letters: PreTrainedModel) -> None:
@@ -302,7 +315,7 @@ def test_a_pool_is_decided_as_its_prompts_are(mini: PreTrainedModel, monkeypatch
 def test_another_metric_is_another_answer(mini: PreTrainedModel) -> None:
     labels = tuple(map(str, range(200)))
     mode, mean, median = (
-        MetricAware(metric=metric, labels=labels, lead="").decide(mini, ["88+94="])  # type: ignore[arg-type]
+        MetricAware(metric=metric, labels=labels, lead="").decide(mini, ["88+94="])
         for metric in ("exact_match", "squared_error", "absolute_error")
     )
     own = mode.outcomes[0]
@@ -370,7 +383,8 @@ def test_the_front_doors_write_the_decision(mini: PreTrainedModel) -> None:
 
     ids = torch.tensor([encoded(mini, REVIEWS[1])])
     labelled = MetricAware(labels=("good", "bad"))
-    written = mini.generate(ids, custom_generate=labelled, max_new_tokens=5, do_sample=False)
+    generate: Any = mini.generate
+    written = generate(ids, custom_generate=labelled, max_new_tokens=5, do_sample=False)
     assert tokenizer_of(mini).decode(written[0, ids.shape[1] :]) == " bad"
 
 

@@ -136,7 +136,9 @@ def gain_over(metric: Metric, y: Array, decided: Array, likeliest: Array) -> Est
 
 def compared(metrics: Sequence[Metric], y: Array, pool: Sequence[Outcomes], likeliest: Array) -> Outcome:
     """Each metric's own rule against the likeliest answers; holds if all gains are above zero with 95 % confidence."""
-    measured, baseline, lows = {}, {}, []
+    measured: dict[str, float] = {}
+    baseline: dict[str, float] = {}
+    lows = []
     for metric in metrics:
         measure, _ = MEASURES[metric]
         decided = numbers(Rule(metric, positive=BEST, level=LEVEL).decide(pool)[0])
@@ -275,7 +277,7 @@ def one_tree_for_all_labels() -> Outcome:
 def _scores(found: Decisions) -> Array:
     """log p of each label of the only prompt, in the order of the labels."""
     (own,) = found.outcomes
-    return np.log(own.weights) + np.log(own.mass)
+    return np.asarray(np.log(own.weights) + np.log(own.mass), dtype=np.float64)
 
 
 _PAPER = method_info("metric_aware").paper
