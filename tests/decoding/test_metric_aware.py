@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_decoded_distribution(letters: PreTrainedModel) 
         logits[after_a_one, 3] = -torch.inf
         return logits
 
-    without_threes.early_layers = ()  # type: ignore[attr-defined]
+    without_threes.exits = ()  # type: ignore[attr-defined]
     method = MetricAware(metric="squared_error", labels=("1", "3", "13", "31"), lead="")
     decoder = Decoder(letters, [method], before=[without_threes])  # type: ignore[list-item]
     own = method.decide(decoder, ["7="]).outcomes[0]

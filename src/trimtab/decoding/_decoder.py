@@ -106,7 +106,7 @@ class Decoder:
             sampling,
             lambda name: lambda rows: ModelReader(self.named(name), rows, exact_cache),
             lambda temperature: Distribution([Warp(sampling.at(temperature))]),
-            self._positions,
+            self.new_cache(self.model).positions,
         )
         for method in self.methods:
             if (found := method.drafting(setting)) is not None:
@@ -134,24 +134,16 @@ class Decoder:
         """Whether texts follow the distribution that the model and the methods' transforms define."""
         return all(method.lossless for method in self.methods)
 
-    @property
-    def _positions(self) -> int | None:
-        """How long a text may be; None: without end, as with a cache that forgets, whose positions do not grow."""
-        layers = self.new_cache(self.model).plan.layers
-        if all(group.positions == "cache" for groups in layers for group in groups):
-            return None
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
     def check_length(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Raise DataError for a prompt without tokens or one that leaves no room."""
-        limit = self._positions
+        limit = self.reader(len(prompts)).positions
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"prompt {row} holds no token; every text needs at least one to go on from.")
             if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
                 raise DataError(
                     f"prompt {row} ({len(prompt)} tokens) and max_new_tokens {sampling.max_new_tokens} exceed the "
-                    f"model's {limit} positions."
+                    f"model's {limit} positions, or those of a model that it is decoded with."
                 )
 
 

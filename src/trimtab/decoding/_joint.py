@@ -15,6 +15,8 @@ class JointReader:
         self._first = first
         self._others = dict(others)
         self.vocabulary = first.vocabulary
+        limits = [reader.positions for reader in (first, *others.values()) if reader.positions is not None]
+        self.positions = min(limits, default=None)
 
     @property
     def texts(self) -> list[list[int]]:

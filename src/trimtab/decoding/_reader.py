@@ -66,6 +66,8 @@ class Reader(Protocol):
     """
 
     vocabulary: int
+    positions: int | None
+    """How long a text may become; None: without end, as with a cache that forgets, whose positions do not grow."""
 
     @property
     def texts(self) -> list[list[int]]:
@@ -114,6 +116,7 @@ class ModelReader:
         self._exits = EarlyExits(model, exits) if exits else None
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.positions = self.cache.positions
         self.forwards = 0
         self._drafts = [_Draft() for _ in range(rows)]
         self._columns = 0  # of all drafts, padding included
@@ -155,6 +158,7 @@ class ModelReader:
             depths = self._drafts[row].depths[len(self._drafts[row].depths) - len(own) :] if own else []
             ids[row, : len(own)] = torch.tensor(own, dtype=torch.long)
             positions[row, : len(own)] = torch.tensor(depths, dtype=torch.long) + len(self.texts[row])
+        self.cache.check_length(int(positions.max()) + 1)
         self._columns += width
         mask = self._mask(held, width)
         device = self.model.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -47,6 +48,8 @@ class Proposer(ABC):
 class ModelProposer(Proposer):
     """Drafts with a model, one forward pass for each level of the trees of all texts.
 
+    A text is drafted for as far as the drafting model has positions; after that it gets no draft.
+
     new_reader     a reader for so many texts; made when the first draft is wanted
     distribution   that of the draft; what children are drawn from, and what the acceptance rule is told
     """
@@ -74,10 +77,16 @@ class ModelProposer(Proposer):
         self, texts: Sequence[Sequence[int]], limits: Sequence[int], generators: Sequence[torch.Generator]
     ) -> list[DraftTree]:
         trees = [DraftTree(self.law) for _ in texts]
+        if min(self.depth, max(limits)) <= 0:
+            return trees
+        reader = self._reader or self._new_reader(len(texts))
+        limits = [min(own, _room(text, reader)) for text, own in zip(texts, limits, strict=True)]
         deepest = min(self.depth, max(limits))
         if deepest <= 0:
             return trees
-        reader = self._started(texts)
+        if self._reader is None:
+            self._reader = reader
+            reader.prefill([text[:-1] if _room(text, reader) > 0 else [] for text in texts])
         # of a text without a draft nothing is read: its last token has to wait for the next draft, which follows it
         pending = [
             list(text[len(kept) :]) if limit > 0 else []
@@ -85,7 +94,7 @@ class ModelProposer(Proposer):
         ]
         self._read = [_Read(len(own)) for own in pending]
         rows = reader.read(pending, [list(range(-1, len(own) - 1)) for own in pending])
-        growing = [[ROOT] for _ in texts]
+        growing = [[ROOT] if limit > 0 else [] for limit in limits]
         found = [Rows(own.logits[-1:]) for own in rows]
         for level in range(deepest):
             if level:
@@ -102,10 +111,12 @@ class ModelProposer(Proposer):
             probs = self._probs(found, texts, trees, growing)
             growing = [
                 self.grow(tree, dict(zip(growing[row], probs[row], strict=True)), level, generators[row])
-                if level < limits[row] and growing[row]
+                if growing[row]
                 else []
                 for row, tree in enumerate(trees)
             ]
+            # the deepest nodes are not read: nothing of the draft follows them
+            growing = [nodes if level + 1 < limit else [] for nodes, limit in zip(growing, limits, strict=True)]
             if not any(growing):
                 break
         return trees
@@ -120,12 +131,6 @@ class ModelProposer(Proposer):
         """For each text the draft distributions after these of its nodes."""
         return self._distribution.of_each(rows, lambda text, i: trees[text].prefix(texts[text], nodes[text][i]))
 
-    def _started(self, texts: Sequence[Sequence[int]]) -> Reader:
-        if self._reader is None:
-            self._reader = self._new_reader(len(texts))
-            self._reader.prefill([text[:-1] for text in texts])
-        return self._reader
-
     def commit(self, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]) -> None:
         if self._reader is not None and self._read:
             self._reader.commit([read.kept(path) for read, path in zip(self._read, paths, strict=True)])
@@ -134,6 +139,11 @@ class ModelProposer(Proposer):
     def select(self, rows: Sequence[int]) -> None:
         if self._reader is not None:
             self._reader.select(rows)
+
+
+def _room(text: Sequence[int], reader: Reader) -> int:
+    """How many tokens the reader's model can draft after a text: it reads all of them but the last."""
+    return sys.maxsize if reader.positions is None else reader.positions - len(text) + 1
 
 
 class _Read:

@@ -58,6 +58,7 @@ class TableReader:
     def __init__(self, model: TableModel, rows: int) -> None:
         self.model = model
         self.vocabulary = model.vocabulary
+        self.positions: int | None = None
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.forwards = 0
         self._drafts: list[list[list[int]]] = [[] for _ in range(rows)]
