@@ -1,4 +1,4 @@
-"""One line per method and set of options: drafting in CASES, what changes what is decoded in STEERING."""
+"""One line per method and set of options: drafting in CASES, what changes what is decoded in STEERING, decisions."""
 
 from __future__ import annotations
 
@@ -106,3 +106,25 @@ STEERING = [
         options={**PAIR, "width": 1, "chunk": 0, "normalise": True, "untuned_template": "Say: {prompt}"},
     ),
 ]
+DECIDING = Case(
+    name="metric_aware",
+    options={},
+    bad=(
+        ({"labels": ("a", "a")}, "'a' is named more than once"),
+        ({"labels": (" a",)}, "' a' is empty or has white space around it"),
+        ({"labels": ("",)}, "is empty"),
+        ({"labels": ("good", "goodness"), "end": ""}, "'good' is the beginning of 'goodness'"),
+        ({"labels": ("one", "2"), "metric": "squared_error"}, "squared_error is for numbers, but 'one' is a label"),
+        ({"labels": ("a", "b"), "metric": "auc"}, "auc asks how likely '1.0' is, which is no label"),
+        ({"labels": ("a", "b"), "metric": "f_beta", "positive": "c"}, "how likely 'c' is"),
+        ({"metric": "kappa"}, "kappa decides among labels"),
+        ({"metric": "accuracy"}, "metric='accuracy'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"level": 1.0}, "level is 1.0"),
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"threshold": 2.0}, "threshold is 2.0"),
+        ({"renormalise": False}, "renormalise=False is for squared_error with labels"),
+    ),
+)

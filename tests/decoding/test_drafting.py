@@ -22,7 +22,7 @@ from trimtab.decoding.base import DecodingMethod
 from trimtab.models.info import info_of
 from trimtab.models.random import ALL_FAMILIES, random_model
 
-from .cases import CASES, FIRST, Case
+from .cases import CASES, DECIDING, FIRST, STEERING, Case
 from .conftest import NEW, loop_of, near, plainly, prompts
 
 each = pytest.mark.parametrize("case", CASES, ids=str)
@@ -192,7 +192,7 @@ def test_greedy_on_the_reference_model(case: Case, ref_model: PreTrainedModel) -
 
 @pytest.mark.parametrize(
     ("case", "options", "said"),
-    [(case, options, said) for case in CASES for options, said in case.bad],
+    [(case, options, said) for case in [*CASES, *STEERING, DECIDING] for options, said in case.bad],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_options_that_mean_nothing_are_refused(case: Case, options: dict[str, Any], said: str) -> None:

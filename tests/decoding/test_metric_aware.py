@@ -396,32 +396,6 @@ def test_a_metric_of_a_set_wants_the_set(mini: PreTrainedModel) -> None:
     assert len(Decoder(mini, [method]).generate(prompts, Sampling()).tokens) == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"labels": ("a", "a")}, "'a' is named more than once"),
-        ({"labels": (" a",)}, "' a' is empty or has white space around it"),
-        ({"labels": ("",)}, "is empty"),
-        ({"labels": ("good", "goodness"), "end": ""}, "'good' is the beginning of 'goodness'"),
-        ({"labels": ("one", "2"), "metric": "squared_error"}, "squared_error is for numbers, but 'one' is a label"),
-        ({"labels": ("a", "b"), "metric": "auc"}, "auc asks how likely '1.0' is, which is no label"),
-        ({"labels": ("a", "b"), "metric": "f_beta", "positive": "c"}, "how likely 'c' is"),
-        ({"metric": "kappa"}, "kappa decides among labels"),
-        ({"metric": "accuracy"}, "metric='accuracy'"),
-        ({"samples": 0}, "samples is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"level": 1.0}, "level is 1.0"),
-        ({"beta": 0.0}, "beta is 0.0"),
-        ({"threshold": 2.0}, "threshold is 2.0"),
-        ({"renormalise": False}, "renormalise=False is for squared_error with labels"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        MetricAware(**options)  # type: ignore[arg-type]
-
-
 def test_requests_that_do_not_fit_are_refused(mini: PreTrainedModel) -> None:
     labelled = MetricAware(labels=("good", "bad"))
     with pytest.raises(DataError, match="no prompt to decide for"):

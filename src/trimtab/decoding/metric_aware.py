@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from trimtab.decoding._decoder import Decoder
 
-__all__ = ["Decisions", "MetricAware"]
+__all__ = ["MetricAware"]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import types
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.core.errors import ConfigError, OutputError
+from trimtab.core.errors import ConfigError, OutputError, did_you_mean
 from trimtab.core.files import read_user_text, refuse_occupied
 
 if TYPE_CHECKING:
@@ -83,8 +84,11 @@ def read_decoding(names: str | None, pairs: Iterable[str] | None) -> list[Decodi
 
 
 def decoding_methods(names: Sequence[str], pairs: Iterable[str] | None) -> list[DecodingMethod]:
-    """Methods of the decoding room with their settings. Raises ConfigError for what is none."""
-    from trimtab.app.comparison import check_prefixes, own_settings
+    """Methods of the decoding room with their settings: `option` goes to all that have it, `method.option` to one.
+
+    Raises ConfigError for a method that is none, and for an option that no method has.
+    """
+    from trimtab.app.comparison import check_prefixes
     from trimtab.core.registry import method_class, method_info
 
     infos = [method_info(name) for name in names]
@@ -93,10 +97,18 @@ def decoding_methods(names: Sequence[str], pairs: Iterable[str] | None) -> list[
             raise ConfigError(f"'{info.name}' is a method of the room {info.room}; see trimtab list --room decoding.")
     settings = read_settings([part for pair in pairs or () for part in _split_settings(pair)], "--decoding-set")
     check_prefixes([info.name for info in infos], settings)
+    classes: list[Any] = [method_class(info.name) for info in infos]
+    options = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
+    if unknown := [key for key in settings if "." not in key and not any(key in own for own in options)]:
+        raise ConfigError(
+            f"--decoding-set {unknown[0]}: no such option of {' or '.join(info.name for info in infos)}. "
+            f"{did_you_mean(unknown[0], set().union(*options))}"
+        )
     methods = []
-    for info in infos:
-        cls: Any = method_class(info.name)
-        methods.append(cls.from_options(typed_settings(cls, own_settings(cls, info.name, settings, None))))
+    for info, cls, own in zip(infos, classes, options, strict=True):
+        chosen = {key: text for key, text in settings.items() if key in own}
+        chosen |= {key.partition(".")[2]: text for key, text in settings.items() if key.startswith(f"{info.name}.")}
+        methods.append(cls.from_options(typed_settings(cls, chosen)))
     return methods
 
 
@@ -160,8 +172,11 @@ def typed_settings(method: type, settings: dict[str, str]) -> dict[str, Any]:
     for name, text in settings.items():
         hint = hints.get(name)
         choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        words = [word for choice in choices if typing.get_origin(choice) is typing.Literal for word in choice.__args__]
         if type(None) in choices and text.lower() in ("none", "null"):
             typed[name] = None
+        elif text in words:
+            typed[name] = text
         elif any(typing.get_origin(choice) in (tuple, list) for choice in choices):
             typed[name] = tuple(part.strip() for part in text.split(",") if part.strip())
         else:
