@@ -9,6 +9,8 @@
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
     python scripts/record_results.py decode     decoding with compressed weights, likewise
     python scripts/record_results.py acceptance tokens per forward pass of ref for shapes of drafts by ref-mini
+    python scripts/record_results.py decoding   drafts beside plain decoding and transformers' assisted generation
+    python scripts/record_results.py controlled-drafts  what drafts cost under the controller where they do not pay
     python scripts/record_results.py linear     single layers, likewise
     python scripts/record_results.py compress-time  time and memory of compressing, likewise
 
@@ -132,6 +134,18 @@ def acceptance() -> tuple[dict[str, Any], int]:
     return curve(lambda line: print(line, file=sys.stderr, flush=True)), 0
 
 
+def decoding() -> tuple[dict[str, Any], int]:
+    """Ways to draft, plain decoding and transformers' assisted generation, at two depths."""
+    return benchmarks(("decoding", "--depth", "5"), ("decoding", "--depth", "3"))
+
+
+def controlled_drafts() -> tuple[dict[str, Any], int]:
+    """Drafting under the controller over plain decoding, good and useless drafts."""
+    from trimtab.evaluation.controlled_drafts import survey
+
+    return survey(lambda line: print(line, file=sys.stderr, flush=True)), 0
+
+
 def weights_peers() -> tuple[dict[str, Any], int]:
     """Other libraries' quantizers and ours at 2 and 3 bits on `ref`; run it where they are installed."""
     from trimtab.evaluation.weights_peers import measure
@@ -205,6 +219,8 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "claims": claims,
     "caches": caches,
     "acceptance": acceptance,
+    "decoding": decoding,
+    "controlled-drafts": controlled_drafts,
     "evaluate": evaluate,
     "kv-decode": kv_decode,
     "decode": decode,

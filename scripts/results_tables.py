@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from decoding_tables import acceptance_table, controlled_table, decoding_table
+
 from trimtab.app.report import text
 from trimtab.app.report.cache_view import cache_row, cells_of, columns_of
 from trimtab.app.report.rows import Interval, Row, main_metrics, row_of
@@ -222,31 +224,6 @@ def kv_decode_table(document: Document, _: str | None) -> str:
     return f"{markdown(list(columns), rows)}\n\n{source_line(document, note)}" if rows else ""
 
 
-def acceptance_table(document: Document, method: str | None) -> str:
-    """Tokens per forward pass of the target by number of sequences and depth; of a method, with chains beside it."""
-    entries = [{**e, "system": _with_rule(e)} for e in document["entries"]]
-    entries = [e for e in entries if method in (None, e["method"]) or e["system"] == "speculative token"]
-    depths = sorted({e["depth"] for e in entries})
-    rows = []
-    for system, sequences in sorted({(e["system"], e["sequences"]) for e in entries}, key=lambda key: (key[1], key[0])):
-        found = {e["depth"]: e for e in entries if (e["system"], e["sequences"]) == (system, sequences)}
-        tokens = [text.interval(Interval.of(found[depth]["tokens_per_target_forward"])) for depth in depths]
-        read = [f"{found[depth]['nodes_per_forward']:.1f} read" for depth in depths]
-        rows.append([system, str(sequences), *map(", ".join, zip(tokens, read, strict=True))])
-    columns = ["method", "sequences", *(f"depth {depth}" for depth in depths)]
-    note = (
-        f"Tokens per forward pass of {document['target']} with {document['draft']} as its draft, and tokens that it "
-        f"reads in one; {document['texts']} beginnings of held-out prose, {document['new_tokens']} new tokens each, "
-        f"temperature {document['temperature']:g}. Brackets hold 95 % intervals."
-    )
-    return f"{markdown(columns, rows)}\n\n{source_line(document, note)}" if rows else ""
-
-
-def _with_rule(entry: Mapping[str, Any]) -> str:
-    rule = entry["options"].get("rule")
-    return f"{entry['method']} {rule}" if rule else str(entry["method"])
-
-
 def decode_table(document: Document, _: str | None) -> str:
     """Decoding with compressed weights: each system that ran, fastest first at each context."""
     entries = [e for e in document["entries"] if e.get("decode_ms_median") is not None]
@@ -303,7 +280,9 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "grid-matmul": grid_matmul_table,
     "kv-decode": kv_decode_table,
     "decode": decode_table,
-    "acceptance": acceptance_table,
+    "acceptance": lambda document, method: finished(document, *acceptance_table(document, method)),
+    "decoding": lambda document, method: finished(document, *decoding_table(document, method)),
+    "controlled-drafts": lambda document, method: finished(document, *controlled_table(document, method)),
 }
 
 
@@ -311,6 +290,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, first column left, others right unless they hold sentences."""
     lines = [columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def finished(document: Document, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """A table with its source; nothing without rows."""
+    return f"{markdown(columns, rows)}\n\n{source_line(document, note)}" if rows else ""
 
 
 def source_line(document: Document, note: str = "") -> str:

@@ -5,8 +5,8 @@ A line in DRAFTS or TRANSFORMS puts another through the gate of test_exactness.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,18 +20,32 @@ from trimtab.decoding._proposers.chain import Chain
 from trimtab.decoding._proposers.gumbel import ConstantBranching, StochasticBeam
 from trimtab.decoding._proposers.ngram import NgramLookup
 from trimtab.decoding._proposers.sequences import Sequences
-from trimtab.decoding._reader import Reader
+from trimtab.decoding._reader import Reader, Rows
 from trimtab.decoding._rules.base import AcceptanceRule
 from trimtab.decoding._rules.block import BlockRule
 from trimtab.decoding._rules.k_seq import KSeqRule
 from trimtab.decoding._rules.recursive import RecursiveRule
 from trimtab.decoding._rules.token import SampleRule, TokenRule
 from trimtab.decoding._sampling import Sampling
+from trimtab.decoding._transforms.dola import DolaTransform
+from trimtab.decoding._transforms.eft import TUNED, UNTUNED, EftTransform
 from trimtab.decoding._tree import DraftTree, Law
 from trimtab.evaluation.exactness import TableModel, exact_pairs
 from trimtab.evaluation.exactness.table import TableReader
+from trimtab.models.early_exits import Exit
 
-TARGET, DRAFT = TableModel(0), TableModel(1)
+EXITS = (Exit(1), Exit(2))
+OTHERS = {TUNED: TableModel(2), UNTUNED: TableModel(3)}
+
+
+class Companied(TableModel):
+    """A table with early exits, and with what other models say beside it."""
+
+    def rows(self, new: Sequence[Sequence[int]]) -> Rows:
+        return replace(super().rows(new), others={name: own.rows(new).logits for name, own in OTHERS.items()})
+
+
+TARGET, DRAFT = Companied(0, early=EXITS), TableModel(1)
 SEQUENCES = 3
 NewReader = Callable[[int], Reader]
 
@@ -75,8 +89,10 @@ TRANSFORMS: dict[str, tuple[LogitsTransform, ...]] = {
     "plain": (Warp(Sampling(temperature=1.0)),),
     "warped": (Warp(Sampling(temperature=1.5, top_k=4, top_p=0.9, min_p=0.05)),),
     "penalised": (Warp(Sampling(temperature=1.0, repetition_penalty=1.6)),),
+    "dola": (DolaTransform(EXITS, relative_top=0.02), Warp(Sampling(temperature=1.0))),
+    "eft": (EftTransform(0.7), Warp(Sampling(temperature=1.0))),
 }
-"""What is decoded; the draft is under the same transforms."""
+"""What is decoded; the draft has the same warp, and nothing else of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +120,7 @@ def case(
     drafting = DRAFTS[drafts] if isinstance(drafts, str) else drafts
 
     def new_loop(rows: int) -> Loop:
-        proposer, rule = drafting(lambda n: TableReader(DRAFT, n), Distribution(TRANSFORMS[transforms]))
+        proposer, rule = drafting(lambda n: TableReader(DRAFT, n), Distribution(TRANSFORMS[transforms][-1:]))
         return Loop(target(TARGET, rows), distribution(TRANSFORMS[transforms]), proposer, rule)
 
     expected = exact_pairs(TARGET, Distribution(TRANSFORMS[transforms]))

@@ -15,14 +15,9 @@ from trimtab.core.errors import ConfigError, NumericsError
 from trimtab.decoding import Decoder, Sampling, Speculative
 from trimtab.decoding._decoder import exact_cache
 from trimtab.decoding._distribution import Distribution, Warp
-from trimtab.decoding._loop import Loop, NoDraft
-from trimtab.decoding._proposers.chain import Chain
 from trimtab.decoding._reader import ModelReader, Rows
-from trimtab.decoding._rules.token import SampleRule, TokenRule
 from trimtab.decoding._transforms.dola import Bucket, Divergence, DolaTransform, bucket, distances
 from trimtab.decoding.dola import Dola
-from trimtab.evaluation.exactness import TableModel, check_pairs, exact_pairs
-from trimtab.evaluation.exactness.table import TableReader
 from trimtab.models.early_exits import Exit
 from trimtab.models.random import ALL_FAMILIES, random_model
 from trimtab.models.views import ModelView
@@ -195,28 +190,7 @@ def test_rows_of_a_batch_are_those_of_single_texts(family: str) -> None:
     assert decoder.generate(prompts, greedy).tokens == [decoder.generate([p], greedy).tokens[0] for p in prompts]
 
 
-# What is decoded.
-
-
-def table_loop(n: int, *transforms: Any, drafting: bool, target: TableModel) -> Loop:
-    distribution = Distribution([*transforms, SAMPLED])
-    if not drafting:
-        return Loop(TableReader(target, n), distribution, NoDraft(), SampleRule())
-    chain = Chain(lambda rows: TableReader(TableModel(7), rows), Distribution([SAMPLED]), 2)
-    return Loop(TableReader(target, n), distribution, chain, TokenRule())
-
-
-@pytest.mark.parametrize("drafting", [False, True])
-def test_decodes_exactly_its_distribution_with_and_without_drafts(drafting: bool) -> None:
-    target = TableModel(3, early=EXITS)
-    dola = DolaTransform(EXITS, relative_top=0.02)
-    expected = exact_pairs(target, Distribution([dola, SAMPLED]))
-    result = check_pairs(
-        lambda n: table_loop(n, dola, drafting=drafting, target=target), expected, rounds=8_000, new_tokens=3
-    )
-    assert result.exact, result
-    plain = check_pairs(lambda n: table_loop(n, drafting=drafting, target=target), expected, rounds=4_000)
-    assert not plain.exact
+# What is decoded. That it is DoLa's distribution, with all drafts, is in test_exactness.py.
 
 
 @pytest.fixture(scope="module")

@@ -176,15 +176,16 @@ def test_stop_strings_end_the_text(case: Case, ref_model: PreTrainedModel) -> No
 
 @pytest.mark.slow
 @one_of_each
-def test_greedy_on_the_reference_model(case: Case, ref_model: PreTrainedModel) -> None:
-    """50 beginnings of held-out prose, token for token."""
+def test_greedy_on_the_reference_model(case: Case) -> None:
+    """50 beginnings of held-out prose, token for token, in float32: rounding to 16 bits makes ties."""
     from importlib import resources
 
+    model = tt.load("ref", dtype=torch.float32)
     held_out = (resources.files("trimtab") / "assets" / "text" / "prose_eval.txt").read_text(encoding="utf-8")
-    ids = tt.models.tokenizer_of(ref_model)(held_out[:40_000], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tt.models.tokenizer_of(model)(held_out[:40_000], add_special_tokens=False, verbose=False)["input_ids"]
     texts = [ids[start * 60 : start * 60 + 8 + start] for start in range(50)]
-    done = Decoder(ref_model, [case.method(draft="ref-mini")], adapt=False).generate(texts, Sampling(max_new_tokens=40))
-    assert done.tokens == [plainly(ref_model, text, 40) for text in texts]
+    done = Decoder(model, [case.method(draft="ref-mini")], adapt=False).generate(texts, Sampling(max_new_tokens=40))
+    assert done.tokens == [plainly(model, text, 40) for text in texts]
 
 
 # Bad input

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -11,45 +9,10 @@ from transformers import PreTrainedModel
 import trimtab as tt
 from trimtab.core.errors import CompositionError
 from trimtab.decoding import Decoder, Sampling, Speculative
-from trimtab.decoding._distribution import Distribution, Warp
-from trimtab.decoding._joint import JointReader
-from trimtab.decoding._loop import Loop, NoDraft
-from trimtab.decoding._proposers.chain import Chain
 from trimtab.decoding._reader import Rows
-from trimtab.decoding._rules.token import SampleRule, TokenRule
 from trimtab.decoding._transforms.eft import TUNED, UNTUNED, EftTransform
 from trimtab.decoding.eft import Eft
-from trimtab.evaluation.exactness import TableModel, check_pairs, exact_pairs
-from trimtab.evaluation.exactness.table import TableReader
 from trimtab.models.random import random_model
-
-SAMPLED = Warp(Sampling(temperature=1.0))
-BASE, OTHERS = TableModel(0), {TUNED: TableModel(1), UNTUNED: TableModel(2)}
-
-
-class Joint(TableModel):
-    """The base table with what the others say beside it."""
-
-    def rows(self, new: Sequence[Sequence[int]]) -> Rows:
-        return Rows(super().rows(new).logits, others={name: own.rows(new).logits for name, own in OTHERS.items()})
-
-
-def eft_loop(rows: int, beta: float, *, drafting: bool) -> Loop:
-    reader = JointReader(TableReader(BASE, rows), {name: TableReader(own, rows) for name, own in OTHERS.items()})
-    distribution = Distribution([EftTransform(beta), SAMPLED])
-    if not drafting:
-        return Loop(reader, distribution, NoDraft(), SampleRule())
-    chain = Chain(lambda n: TableReader(TableModel(3), n), Distribution([SAMPLED]), 2)
-    return Loop(reader, distribution, chain, TokenRule())
-
-
-@pytest.mark.parametrize("drafting", [False, True])
-def test_decodes_exactly_its_distribution_with_and_without_drafts(drafting: bool) -> None:
-    expected = exact_pairs(Joint(0), Distribution([EftTransform(0.7), SAMPLED]))
-    result = check_pairs(lambda n: eft_loop(n, 0.7, drafting=drafting), expected, rounds=8_000, new_tokens=3)
-    assert result.exact, result
-    other = check_pairs(lambda n: eft_loop(n, 0.4, drafting=drafting), expected, rounds=8_000)
-    assert not other.exact
 
 
 def test_the_formula() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CompositionError
-from trimtab.decoding._distribution import Distribution
+from trimtab.decoding._distribution import Distribution, LogitsTransform
 from trimtab.decoding._loop import Loop
 from trimtab.decoding._proposers.chain import Chain
 from trimtab.decoding._proposers.gumbel import ConstantBranching
@@ -133,6 +133,10 @@ def stale(target: Any, rows: int) -> Reader:
     return StaleReader(target, rows)
 
 
+def warp_alone(transforms: Sequence[LogitsTransform]) -> Distribution:
+    return Distribution(transforms[-1:])
+
+
 def mutant(proposer: Callable[[NewReader, Distribution], Any], rule: AcceptanceRule) -> Case:
     return case(lambda reader, d: (proposer(reader, d), rule), "plain")
 
@@ -159,6 +163,11 @@ MUTANTS: dict[str, tuple[Case, Patches]] = {
     "stale cache": (case("chain", "plain", target=stale), {}),
     "row of another branch": (mutant(lambda r, d: Likeliest(r, d, 2, 2), OtherBranch()), {}),
     "transforms without drafted tokens": (case("chain", "penalised", distribution=Blind), {}),
+    "contrast left out": (
+        case("stochastic beam", "dola", distribution=lambda transforms: Distribution(transforms[1:])),
+        {},
+    ),
+    "share left out": (case("chain", "eft", distribution=lambda transforms: Distribution(transforms[1:])), {}),
     "block residual without its weight": (case("block", "plain"), UNWEIGHTED),
     "typical acceptance": (mutant(lambda r, d: Chain(r, d, 2), TypicalRule(0.09, 0.3)), {}),
 }

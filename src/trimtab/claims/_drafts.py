@@ -19,7 +19,6 @@ from trimtab.evaluation.acceptance import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     TARGET,
-    TEXTS,
     Acceptance,
     acceptance,
     prose_prompts,
@@ -29,6 +28,7 @@ from trimtab.evaluation.exactness.table import TableReader
 from trimtab.models import load
 
 ROUNDS = 20_000
+TEXTS = 96
 MEASURED = (
     f"{TARGET} with {DRAFT} as its draft, {TEXTS} beginnings of held-out prose of {PROMPT_TOKENS} tokens, "
     f"{NEW_TOKENS} new ones at temperature 1"
@@ -49,14 +49,14 @@ def accepted(method: DecodingMethod) -> Acceptance:
     """Tokens per forward pass at temperature 1; methods are comparable text by text."""
     target = _model(TARGET)
     sampling = Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS)
-    return acceptance(target, method, prose_prompts(target), sampling, {DRAFT: _model(DRAFT)})
+    return acceptance(target, method, prose_prompts(target, TEXTS), sampling, {DRAFT: _model(DRAFT)})
 
 
 def greedy_texts(*methods: DecodingMethod) -> list[list[int]]:
     """What is written at temperature 0."""
     target = _model(TARGET)
     decoder = Decoder(target, methods, drafts={DRAFT: _model(DRAFT)}, adapt=False)
-    return decoder.generate(prose_prompts(target), Sampling(max_new_tokens=NEW_TOKENS)).tokens
+    return decoder.generate(prose_prompts(target, TEXTS), Sampling(max_new_tokens=NEW_TOKENS)).tokens
 
 
 @functools.cache

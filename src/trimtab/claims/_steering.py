@@ -31,15 +31,16 @@ from trimtab.world import sentiment
 TUNED, UNTUNED = "tuned", "untuned"
 WARM = ("wonderful", "splendid", "perfect")
 HARSH = sentiment.OPINIONS["bad"]
-PROMPTS = 24
+TIMES = 3
 NEW_TOKENS = 32
 TEMPERATURE, TOP_K = 0.7, 50
 STEPS, PAIRS, RATE, BETA = 40, 8, 1e-4, 0.5
 _WARM_UP = 10
 _REVIEWS = 6000
 SETTING = (
-    f"ref-mini taught by DPO (beta {BETA}, {STEPS} steps of {PAIRS} pairs) to prefer reviews with warm words; ref, "
-    f"untouched, writes {PROMPTS} reviews at temperature {TEMPERATURE}, top-k {TOP_K}; reward: warm words minus harsh"
+    f"ref-mini taught by DPO (beta {BETA}, {STEPS} steps of {PAIRS} pairs) to prefer reviews with warm words; "
+    f"ref, untouched, writes {TIMES} reviews of each of 32 things at temperature {TEMPERATURE}, top-k {TOP_K}; reward: "
+    "warm words minus harsh"
 )
 
 
@@ -116,11 +117,18 @@ class Steered:
 
     @property
     def estimate(self) -> Estimate:
-        return statistics.mean(self.rewards)
+        return statistics.mean(self.rewards, self._clusters)
 
     def over(self, other: Steered) -> Estimate:
         """By how much the reward is higher, prompt by prompt."""
-        return statistics.mean([a - b for a, b in zip(self.rewards, other.rewards, strict=True)])
+        gains = [a - b for a, b in zip(self.rewards, other.rewards, strict=True)]
+        return statistics.mean(gains, self._clusters)
+
+    @property
+    def _clusters(self) -> list[str]:
+        """Reviews of one thing belong together."""
+        things = len(self.rewards) // TIMES
+        return [str(place % things) for place in range(len(self.rewards))]
 
 
 @functools.cache
@@ -137,8 +145,6 @@ def steered(*methods: DecodingMethod, writer: str = "ref") -> Steered:
 
 
 def openings(model: PreTrainedModel) -> list[list[int]]:
-    """Beginnings of reviews of all topics, in turn, as the model's tokens."""
-    turns = zip(*sentiment.TOPICS.values(), strict=True)
-    subjects = [(topic, one) for ones in turns for topic, one in zip(sentiment.TOPICS, ones, strict=True)]
-    begun = [f"Review: The {one} of this {topic} was" for topic, one in subjects[:PROMPTS]]
-    return [list(tokenizer_of(model)(text)["input_ids"]) for text in begun]
+    """Beginnings of reviews of all things, as the model's tokens, each as often as it is written."""
+    begun = [f"Review: The {one} of this {topic} was" for topic, ones in sentiment.TOPICS.items() for one in ones]
+    return [list(tokenizer_of(model)(text)["input_ids"]) for text in begun * TIMES]

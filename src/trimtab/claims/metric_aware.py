@@ -30,7 +30,7 @@ from trimtab.world import examples
 __all__ = ["CLAIMS"]
 
 Array = NDArray[np.float64]
-REVIEWS, SUMS = 600, 256
+REVIEWS, SUMS = 2400, 1024
 BEST = float(STARS[-1])
 LEVEL = 0.9
 DRAWS, DRAWN_REVIEWS = 16, 300

@@ -33,6 +33,10 @@ class Setting(Benchmark):
     steps: int = 96
     depth: int = 5
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"setting": asdict(self)}
+
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name != "seed" and value < (2 if name == "prompts" else 1):

@@ -82,7 +82,7 @@ def open_trimtab(
     target = models.load(directory / TARGET)
     drafts = {"ref-mini": models.load(directory / DRAFT)}
     if draft == "random":
-        drafts["random"] = _untrained(drafts["ref-mini"], setting.seed)
+        drafts["random"] = untrained(drafts["ref-mini"], setting.seed)
     methods = []
     if method is not None:
         cls: Any = method_class(method)
@@ -91,10 +91,13 @@ def open_trimtab(
     return _Trimtab(directory, setting, Decoder(target, methods, drafts=drafts, adapt=adapt))
 
 
-def _untrained(like: PreTrainedModel, seed: int) -> PreTrainedModel:
+def untrained(like: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same size that has learnt nothing."""
     config = like.config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    sizes = {name: getattr(config, name) for name in (*names, "vocab_size", "max_position_embeddings")}
+    sizes = {
+        name: getattr(config, name) for name in (*names, "vocab_size", "max_position_embeddings", "tie_word_embeddings")
+    }
     return random_model("llama", seed, dtype=like.dtype, **sizes)
 
 
