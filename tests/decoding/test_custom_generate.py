@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
+from trimtab.cache.kivi import Kivi
 from trimtab.core.errors import CompositionError
-from trimtab.decoding import Speculative
+from trimtab.decoding import Decoder, Sampling, Speculative
 from trimtab.models.random import random_model
 
 METHOD = Speculative(draft="self:4bit", depth=3)
@@ -77,3 +78,22 @@ def test_what_cannot_be_kept_is_refused() -> None:
         model.generate(IDS, stopping_criteria=[_Never()], **options)
     with pytest.raises(CompositionError, match="num_return_sequences=2"):
         model.generate(IDS, num_return_sequences=2, do_sample=True, **options)
+    with pytest.raises(CompositionError, match="return_dict_in_generate"):
+        model.generate(IDS, return_dict_in_generate=True, **options)
+
+
+def test_a_cache_that_is_given_is_used() -> None:
+    model = random_model("llama", head_dim=16)
+    cache = Kivi(bits=2, group_size=16, window=16).new(model)
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "custom_generate": METHOD}
+    found = model.generate(IDS, past_key_values=cache, **options)
+    assert cache.get_seq_length() == found.shape[1] - 1
+    wanted = Decoder(model, [METHOD], new_cache=Kivi(bits=2, group_size=16, window=16).new).generate(
+        IDS.tolist(), Sampling(max_new_tokens=40)
+    )
+    assert found[:, 12:].tolist() == wanted.tokens
+    for held in (cache, DynamicCache(config=model.config)):
+        if held is not cache:
+            model(IDS, past_key_values=held)
+        with pytest.raises(CompositionError, match="begins with an empty one"):
+            model.generate(torch.cat([IDS, IDS], dim=1), past_key_values=held, **options)

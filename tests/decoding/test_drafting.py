@@ -243,6 +243,19 @@ def test_n_grams_help_where_a_text_repeats_itself() -> None:
     assert done.ledger.tokens_per_target_forward > 2
 
 
+@pytest.mark.parametrize("method", [Spectr(k=4, depth=4), tt.decoding.RsdC(branching=(2, 2, 1, 1)), tt.decoding.RsdS()])
+def test_greedy_trees_are_of_likely_tokens(
+    method: DecodingMethod, llama: PreTrainedModel, llama_draft: PreTrainedModel
+) -> None:
+    """At temperature 0 a chain takes the draft's likeliest tokens; a tree must not do worse by drawing others."""
+    texts = prompts(*[5] * 8)
+
+    def written(own: DecodingMethod) -> float:
+        return decoder(own, llama, llama_draft).generate(texts, GREEDY).ledger.tokens_per_target_forward
+
+    assert written(method) > written(Speculative(depth=4))
+
+
 def test_more_sequences_and_siblings_are_accepted_for_longer(
     llama: PreTrainedModel, llama_draft: PreTrainedModel
 ) -> None:

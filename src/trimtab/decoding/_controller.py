@@ -5,30 +5,36 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-ALLOWED_LOSS = 0.03
-"""Share of the time so far that drafting may have lost to plain decoding."""
+ALLOWED_LOSS = 0.02
+"""Share of the time that drafts may lose to plain decoding in the long run ..."""
+CREDIT_ROUNDS = 4.0
+"""... beside what so many plain rounds take, once."""
 _PLAIN_FIRST = 2
 _PLAIN_KEPT = 32
+_WEIGHT = 1 / 32
+_TRUST = 0.5
+"""Savings in plain rounds beyond which the average does not grow: a text may turn from easy to hard."""
 
 
 @dataclass
 class Controller:
     """Keeps account of what drafting has won or lost against plain decoding, in seconds.
 
-    A round with a draft is worth the plain rounds that it saves. As long as the account is not overdrawn by more than
-    `allowed_loss` of the whole time, drafts go on; then plain rounds follow until there is room to try again. So a
-    draft that never helps costs at most this share, plus one round. What a plain round takes is measured, in the
-    first rounds and whenever there is one.
+    A round with a draft is worth the plain rounds that it saves; what it loses is a debt, which time pays back at the
+    rate of `allowed_loss`, and savings do. Drafts go on while they are expected to save, by a moving average, or while
+    the debt that one more would leave is at most what `credit_rounds` plain rounds take; and once there is no debt
+    left, one is tried whatever it cost before. So drafts that never help cost the credit, this share of the time and
+    one round. What a plain round takes is measured, in the first rounds and whenever there is one.
 
     fixed   draft always (True) or never (False), whatever it costs; None: decide
     """
 
     allowed_loss: float = ALLOWED_LOSS
+    credit_rounds: float = CREDIT_ROUNDS
     fixed: bool | None = None
     _plain: list[float] = field(default_factory=list)
-    _elapsed: float = 0.0
-    _balance: float = 0.0
-    _last_cost: float = 0.0
+    _debt: float = 0.0
+    _expected: float = 0.0
 
     def wants_draft(self) -> bool:
         """Whether the next round should have a draft."""
@@ -36,17 +42,19 @@ class Controller:
             return self.fixed
         if len(self._plain) < _PLAIN_FIRST:
             return False
-        return self._balance - self._last_cost >= -self.allowed_loss * (self._elapsed + self._last_cost)
+        after = self._debt - self._expected
+        return self._expected > 0 or self._debt == 0 or after <= self.credit_rounds * self.plain_seconds
 
     def note(self, seconds: float, tokens: float, *, drafted: bool) -> None:
         """A round took so long and committed so many tokens per text."""
-        self._elapsed += seconds
-        if not drafted:
+        saved = 0.0
+        if drafted:
+            saved = tokens * self.plain_seconds - seconds
+            expected = self._expected + _WEIGHT * (saved - self._expected)
+            self._expected = min(expected, _TRUST * self.plain_seconds)
+        else:
             self._plain = [*self._plain[1 - _PLAIN_KEPT :], seconds]
-            return
-        saved = tokens * self.plain_seconds - seconds
-        self._balance += saved
-        self._last_cost = max(0.0, -saved)
+        self._debt = max(0.0, self._debt - saved - self.allowed_loss * seconds)
 
     @property
     def plain_seconds(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -27,12 +28,13 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from trimtab.core.errors import CompositionError
-from trimtab.decoding._decoder import Decoder
+from trimtab.decoding._decoder import Decoder, NewCache
 from trimtab.decoding._distribution import Prefixes
 from trimtab.decoding._reader import Rows
 from trimtab.decoding._sampling import Sampling
 from trimtab.decoding.base import DecodingMethod
 from trimtab.models.early_exits import Exit
+from trimtab.models.segments import SegmentCache
 
 _OWN_PROCESSORS = (
     TemperatureLogitsWarper,
@@ -69,12 +71,17 @@ def custom_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
     **_: Any,
 ) -> Tensor:
     """Token ids [R, length]: prompts as given, what was written, padding after the end of shorter texts.
 
-    Chance comes from torch's global generator, as in generate(). Raises CompositionError for stopping criteria of
-    one's own, several sequences per prompt, and settings that the loop does not know.
+    Chance comes from torch's global generator, as in generate(). A cache of the cache room, still empty, is what the
+    model decodes with. generate() keeps a streamer to itself; `Decoder.generate(on_tokens=...)` shows texts as they
+    grow.
+
+    Raises CompositionError for stopping criteria of one's own, several sequences per prompt, a cache that holds
+    tokens, and outputs other than tokens.
     """
     other = [type(c).__name__ for c in stopping_criteria if not isinstance(c, _OWN_CRITERIA)]
     if other:
@@ -82,9 +89,12 @@ def custom_generate(
     for name in ("num_return_sequences", "num_beams"):
         if (asked := getattr(generation_config, name, None)) not in (None, 1):
             raise CompositionError(f"{name}={asked} does not go with a decoding method of trimtab; repeat the prompts.")
+    if generation_config.return_dict_in_generate:
+        raise CompositionError("return_dict_in_generate: a decoding method of trimtab returns tokens alone.")
     sampling = _sampling(generation_config, input_ids.shape[1])
     processors = [p for p in logits_processor if not isinstance(p, _OWN_PROCESSORS)]
-    decoder = Decoder(model, methods, before=[Processors(LogitsProcessorList(processors))] if processors else ())
+    before = [Processors(LogitsProcessorList(processors))] if processors else ()
+    decoder = Decoder(model, methods, new_cache=_given(past_key_values), before=before)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
     written = decoder.generate(prompts, sampling).tokens
@@ -95,6 +105,23 @@ def custom_generate(
     for row, tokens in enumerate(written):
         new[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+
+def _given(cache: Cache | None) -> NewCache | None:
+    """The cache that generate() was called with; None for the empty one that it makes by itself."""
+    if not isinstance(cache, SegmentCache) and (cache is None or not cache.get_seq_length()):
+        return None
+
+    def given(model: PreTrainedModel) -> SegmentCache:
+        assert cache is not None
+        if not isinstance(cache, SegmentCache) or cache.get_seq_length():
+            raise CompositionError(
+                f"the {type(cache).__name__} holds {cache.get_seq_length()} tokens; a decoding method begins with an "
+                "empty one, and those that read several times need Decoder(model, methods, new_cache=...)."
+            )
+        return cache
+
+    return given
 
 
 def _sampling(config: GenerationConfig, prompt: int) -> Sampling:

@@ -32,7 +32,8 @@ class Decoder:
     new_cache   for each generation, an empty transactional cache of the target, such as `tt.cache.Kivi(bits=4).new`;
                 None: exact keys and values. Drafts keep theirs exact
     drafts      name -> model, for what methods name in their options, as `draft`, `tuned`; others are loaded
-    adapt       leave out drafts while they cost more than they save (Controller); False: draft always
+    adapt       leave out drafts while they cost more than they save, as found in this and earlier generations of so
+                many texts (Controller); False: draft always
     before      transforms between the methods' and those of `Sampling`
 
     Raises CompositionError for two methods that draft, or two that search.
@@ -55,6 +56,7 @@ class Decoder:
         self._before = tuple(before)
         self._named = dict(drafts or {})
         self._alike: set[str] = set()
+        self._controllers: dict[int, Controller] = {}
         self._companions = {name: other for m in self.methods for name, other in m.companions(self.named).items()}
         for part, own in (("drafting", DecodingMethod.drafting), ("search", DecodingMethod.search)):
             able = [m.name() for m in self.methods if getattr(type(m), part) is not own]
@@ -86,7 +88,7 @@ class Decoder:
         """The decoding loop for so many texts, its caches empty."""
         distribution = self.distribution(sampling)
         drafting = self._drafting(sampling)
-        controller = Controller(fixed=None if self.adapt else True)
+        controller = self._controllers.setdefault(rows, Controller()) if self.adapt else Controller(fixed=True)
         return Loop(self.reader(rows, distribution.exits), distribution, drafting.proposer, drafting.rule, controller)
 
     def distribution(self, sampling: Sampling) -> Distribution:

@@ -8,15 +8,18 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from trimtab.core.errors import CompositionError, ConfigError, TrimtabError
+from trimtab.core.progress import progress
 from trimtab.models import load, tokenizer_of
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.views import ModelView
 from trimtab.tensors.compressed import CompressedTensor
-from trimtab.tensors.grid import MSE_SEARCH, GridFormat, GroupGrid
+from trimtab.tensors.grid import ClipSearch, GridFormat, GroupGrid
 
 _SELF: dict[str, Literal[2, 3, 4, 8]] = {"self:2bit": 2, "self:3bit": 3, "self:4bit": 4, "self:8bit": 8}
 _GROUP_SIZES = (64, 32, 16, 8)
+_SEARCH = ClipSearch(grid=10, max_shrink=0.4, norm=2.0)
+"""Of 2 bits, where it matters; few steps, since a copy is made while somebody waits, and it only has to guess."""
 
 
 def named_model(name: str, target: PreTrainedModel) -> PreTrainedModel:
@@ -51,12 +54,15 @@ def token_difference(other: PreTrainedModel, target: PreTrainedModel) -> str | N
 
 
 def _smaller_copy(target: PreTrainedModel, bits: Literal[2, 3, 4, 8]) -> PreTrainedModel:
-    """The target with the linears of its blocks rounded to grids, the scales chosen for the least squared error."""
+    """The target with the linears of its blocks rounded to grids."""
     draft = copy.deepcopy(target)
-    for linear in ModelView.of(draft).linears:
-        weight = linear.weight.detach().float()
-        group = next((size for size in _GROUP_SIZES if weight.shape[1] % size == 0), -1)
-        grid = GroupGrid.quantize(weight, GridFormat(bits=bits, group_size=group), MSE_SEARCH)
-        linear.replace(CompressedLinear(CompressedTensor((grid,)), linear.bias))
+    linears = list(ModelView.of(draft).linears)
+    with progress(f"a copy in {bits} bits", len(linears)) as advance:
+        for linear in linears:
+            weight = linear.weight.detach().float()
+            group = next((size for size in _GROUP_SIZES if weight.shape[1] % size == 0), -1)
+            grid = GroupGrid.quantize(weight, GridFormat(bits=bits, group_size=group), _SEARCH if bits == 2 else None)
+            linear.replace(CompressedLinear(CompressedTensor((grid,)), linear.bias))
+            advance("")
     fast_decoding(draft)
     return draft

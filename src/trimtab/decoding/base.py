@@ -46,10 +46,10 @@ class DraftSetting:
     distribution: Callable[[float], Distribution]
     positions: int | None = None
 
-    def drawn(self, temperature: float | None) -> Distribution:
-        """Of a draft that takes several draws: at this temperature or, for None, the target's, or 1 where that is 0.
-        At 0 all draws would be the same."""
-        return self.distribution(temperature or self.sampling.temperature or 1.0)
+    def drawn(self, temperature: float | None, *, greedy: float) -> Distribution:
+        """Of a draft that takes several draws: at this temperature or, for None, the target's, or `greedy` where that
+        is 0. At 0 all draws would be the same."""
+        return self.distribution(temperature or self.sampling.temperature or greedy)
 
     def check_depth(self, depth: int) -> None:
         """Raise ConfigError for drafts that no text of the model could hold."""

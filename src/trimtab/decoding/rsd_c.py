@@ -8,8 +8,8 @@ log p + Gumbel noise, which is b draws without replacement from the draft p. The
 k - 1 before it, p_k; it is accepted with probability min(1, q_k / p_k), and else q_(k+1) is (q_k - p_k)+, normalised,
 with q_1 the target. A text follows the target's distribution.
 
-Departures: none. At temperature 0 the tree is drawn at temperature 1, and the target's likeliest tokens are looked for
-in it.
+Departures: none. At temperature 0, of which the paper does not speak, the tree is drawn at 0.1: nearly always the
+likeliest tokens.
 
 Cost: b_0 + b_0 b_1 + ... tokens per forward pass of the target, one forward pass of the draft per level. Choose it over
 `rsd_s` where all texts of a batch should have trees of one size; wide trees do not pay where a forward pass is slow in
@@ -36,7 +36,7 @@ class RsdC(DecodingMethod):
     draft              the model that drafts: one to load, or a copy of the model itself with smaller weights
                        (self:2bit, self:3bit, self:4bit, self:8bit)
     branching          children of a node, level by level; as many levels as there are numbers
-    draft_temperature  None: that of the target, or 1 where that is 0
+    draft_temperature  None: that of the target, or 0.1 where that is 0
     """
 
     draft: str = "self:4bit"
@@ -51,6 +51,6 @@ class RsdC(DecodingMethod):
     def drafting(self, setting: DraftSetting) -> Drafting:
         setting.check_depth(len(self.branching))
         proposer = ConstantBranching(
-            setting.new_reader(self.draft), setting.drawn(self.draft_temperature), self.branching
+            setting.new_reader(self.draft), setting.drawn(self.draft_temperature, greedy=0.1), self.branching
         )
         return Drafting(proposer, GreedyRule() if setting.sampling.temperature == 0 else RecursiveRule())

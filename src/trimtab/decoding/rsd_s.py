@@ -8,8 +8,8 @@ being drawn so that their largest is their parent's (Kool et al., arXiv:1903.060
 whole sequences, so that unlikely branches end early and likely ones get the room. Acceptance is that of `rsd_c`; that a
 node lost some children says nothing about those it kept, so a text follows the target's distribution.
 
-Departures: none. Branches that ended early stay in the tree as leaves. At temperature 0 the tree is drawn at
-temperature 1, and the target's likeliest tokens are looked for in it.
+Departures: none. Branches that ended early stay in the tree as leaves. At temperature 0, of which the paper does not
+speak, the tree is drawn at 0.1: nearly always a beam of the likeliest sequences.
 
 Cost: up to width depth tokens per forward pass of the target, depth forward passes of the draft. Wide trees do not pay
 where a forward pass is slow in the number of tokens.
@@ -36,7 +36,7 @@ class RsdS(DecodingMethod):
                        (self:2bit, self:3bit, self:4bit, self:8bit)
     width              sequences of a level
     depth              levels
-    draft_temperature  None: that of the target, or 1 where that is 0
+    draft_temperature  None: that of the target, or 0.1 where that is 0
     """
 
     draft: str = "self:4bit"
@@ -52,6 +52,6 @@ class RsdS(DecodingMethod):
     def drafting(self, setting: DraftSetting) -> Drafting:
         setting.check_depth(self.depth)
         proposer = StochasticBeam(
-            setting.new_reader(self.draft), setting.drawn(self.draft_temperature), self.depth, self.width
+            setting.new_reader(self.draft), setting.drawn(self.draft_temperature, greedy=0.1), self.depth, self.width
         )
         return Drafting(proposer, GreedyRule() if setting.sampling.temperature == 0 else RecursiveRule())

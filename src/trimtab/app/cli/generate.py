@@ -117,7 +117,7 @@ def run(
             emit_json({"model": model, "prompt": prompt, **told, "seed": seed})
         return
     kept = None if method is None else method.new(loaded)
-    endless = kept is not None and all(g.positions == "cache" for groups in kept.plan.layers for g in groups)
+    endless = kept is not None and kept.positions is None
     ids = encode_prompt(loaded, prompt, max_new_tokens, endless=endless)
     streamer = None
     if not as_json:

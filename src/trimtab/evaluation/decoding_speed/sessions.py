@@ -86,8 +86,12 @@ def open_trimtab(
     methods = []
     if method is not None:
         cls: Any = method_class(method)
-        depth = {} if "branching" in options else {"depth": setting.depth}
-        methods.append(cls(draft=draft, **depth, **options))
+        own = dict(options)
+        if "branching" in own:
+            own["branching"] = tuple((*own["branching"], *[1] * setting.depth)[: setting.depth])
+        else:
+            own["depth"] = setting.depth
+        methods.append(cls(draft=draft, **own))
     return _Trimtab(directory, setting, Decoder(target, methods, drafts=drafts, adapt=adapt))
 
 

@@ -22,7 +22,7 @@ _SYSTEMS = (
     _own("speculative-adaptive", "speculative", adapt=True),
     _own("speculative-self-4", "speculative", draft="self:4bit"),
     _own("spectr", "spectr", k=4),
-    _own("rsd_c", "rsd_c", branching=[2, 2, 1, 1, 1]),
+    _own("rsd_c", "rsd_c", branching=[2, 2]),
     _own("rsd_s", "rsd_s", width=4),
     _own("useless-draft-adaptive", "speculative", draft="random", adapt=True),
 )
