@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import trimtab as tt
 from tests.cache.cases import FIRST as CACHES
 from tests.cache.cases import Case as CacheCase
 from tests.cache.conftest import build, fitted, held
 from tests.cache.conftest import tiny as tiny_for_caches
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import CompositionError, ConfigError
 from trimtab.core.registry import methods
 from trimtab.decoding import Decoder, Sampling, Spectr, Speculative
 from trimtab.decoding._decoder import exact_cache
@@ -217,6 +217,19 @@ def test_a_text_longer_than_the_draft_goes_on_without_it(case: Case, llama: PreT
     assert done.tokens == [plainly(llama, text) for text in texts]
     drafted = decoder(case.method(), llama, short).generate(texts[:1], GREEDY)
     assert 5 < drafted.ledger.plain_rounds < drafted.ledger.rounds
+
+
+@one_of_each
+def test_a_draft_with_other_tokens_is_refused(case: Case, llama: PreTrainedModel) -> None:
+    other = random_model("llama", vocab_size=64)
+    with pytest.raises(CompositionError, match="must have the tokenizer of the model that decodes: it has 64 tokens"):
+        decoder(case.method(), llama, other).generate([[5, 6]], GREEDY)
+
+
+def test_a_cache_that_cannot_take_tokens_back_is_refused(llama: PreTrainedModel) -> None:
+    for own in ([], [Speculative(draft="ngram")]):
+        with pytest.raises(CompositionError, match="a DynamicCache cannot hold a draft"):
+            Decoder(llama, own, new_cache=lambda model: DynamicCache()).generate([[5]], GREEDY)  # type: ignore[arg-type, return-value]
 
 
 def test_only_typical_acceptance_is_lossy(llama: PreTrainedModel, llama_draft: PreTrainedModel) -> None:

@@ -10,7 +10,9 @@ ALLOWED_LOSS = 0.02
 CREDIT_ROUNDS = 4.0
 """... beside what so many plain rounds take, once."""
 _PLAIN_FIRST = 2
-_PLAIN_KEPT = 32
+_PLAIN_KEPT = 16
+_PLAIN_EVERY = 24
+"""Rounds with drafts after which a plain one is measured again, fewer at first: texts grow, machines change."""
 _WEIGHT = 1 / 32
 _TRUST = 0.5
 """Savings in plain rounds beyond which the average does not grow: a text may turn from easy to hard."""
@@ -24,7 +26,8 @@ class Controller:
     rate of `allowed_loss`, and savings do. Drafts go on while they are expected to save, by a moving average, or while
     the debt that one more would leave is at most what `credit_rounds` plain rounds take; and once there is no debt
     left, one is tried whatever it cost before. So drafts that never help cost the credit, this share of the time and
-    one round. What a plain round takes is measured, in the first rounds and whenever there is one.
+    one round. What a plain round takes is measured, in the first rounds and now and then, always in the second one of
+    several, since the draft has had the processor's caches before the first.
 
     fixed   draft always (True) or never (False), whatever it costs; None: decide
     """
@@ -33,6 +36,8 @@ class Controller:
     credit_rounds: float = CREDIT_ROUNDS
     fixed: bool | None = None
     _plain: list[float] = field(default_factory=list)
+    _drafted: int = 0
+    _warm: bool = False
     _debt: float = 0.0
     _expected: float = 0.0
 
@@ -40,7 +45,7 @@ class Controller:
         """Whether the next round should have a draft."""
         if self.fixed is not None:
             return self.fixed
-        if len(self._plain) < _PLAIN_FIRST:
+        if len(self._plain) < _PLAIN_FIRST or self._drafted >= min(2 * len(self._plain), _PLAIN_EVERY):
             return False
         after = self._debt - self._expected
         return self._expected > 0 or self._debt == 0 or after <= self.credit_rounds * self.plain_seconds
@@ -52,8 +57,11 @@ class Controller:
             saved = tokens * self.plain_seconds - seconds
             expected = self._expected + _WEIGHT * (saved - self._expected)
             self._expected = min(expected, _TRUST * self.plain_seconds)
-        else:
+            self._drafted += 1
+        elif self._warm:
             self._plain = [*self._plain[1 - _PLAIN_KEPT :], seconds]
+            self._drafted = 0
+        self._warm = not drafted
         self._debt = max(0.0, self._debt - saved - self.allowed_loss * seconds)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.core.errors import DataError
+from trimtab.core.errors import CompositionError, DataError
 from trimtab.decoding._tree import ROOT
 from trimtab.models.early_exits import EarlyExits, Exit
 from trimtab.models.segments import SegmentCache
@@ -101,7 +101,8 @@ class ModelReader:
 
     exits   where the model answers early as well; the head alone, without what a family does to its final logits
 
-    Raises DataError for a token after the last position that the model has.
+    Raises DataError for a token after the last position that the model has, and CompositionError for a cache that
+    cannot take drafted tokens back.
     """
 
     def __init__(
@@ -113,6 +114,11 @@ class ModelReader:
     ) -> None:
         self.model = model
         self.cache = new_cache(model)
+        if not isinstance(self.cache, SegmentCache):
+            raise CompositionError(
+                f"a {type(self.cache).__name__} cannot hold a draft and take it back; use one of trimtab.cache, "
+                "such as Kivi(bits=4).new."
+            )
         self._exits = EarlyExits(model, exits) if exits else None
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.vocabulary = int(model.config.get_text_config().vocab_size)
