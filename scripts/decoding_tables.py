@@ -88,7 +88,7 @@ def controlled_table(document: Document, _: str | None) -> Table:
         rows.append([target, method, *cells])
     note = (
         f"Seconds over those of plain decoding, sums over {document['texts'][0]} texts (of the widened model "
-        f"{document['texts'][1]}) of {document['new_tokens']} new tokens each, the two in turn, and the share of rounds "
-        "with a draft. On this machine two runs of plain decoding differ by up to 5 to 8 %."
+        f"{document['texts'][1]}) of {document['new_tokens']} new tokens each, the two in turn, and the share of "
+        "rounds with a draft. On this machine two runs of plain decoding differ by up to 5 to 8 %."
     )
     return ["target", "draft", *sets], rows, note
