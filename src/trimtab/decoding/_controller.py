@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-ALLOWED_LOSS = 0.02
+ALLOWED_LOSS = 0.01
 """Share of the time that drafts may lose to plain decoding in the long run ..."""
-CREDIT_ROUNDS = 4.0
+CREDIT_ROUNDS = 3.0
 """... beside what so many plain rounds take, once."""
 _PLAIN_FIRST = 2
 _PLAIN_KEPT = 16

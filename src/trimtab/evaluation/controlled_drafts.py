@@ -23,7 +23,7 @@ from trimtab.evaluation.kl import window_tokens
 from trimtab.models import load, tokenizer_of
 
 MILLION_WEIGHTS = 250
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 96
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 10, 64, 96
 PROMPTS_WIDENED = 3
 """Texts of each kind; of the large target fewer, which takes longer for each and is disturbed less."""
 METHODS: Mapping[str, DecodingMethod] = {
