@@ -10,7 +10,8 @@ import functools
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.decoding import Decoder, Sampling
+from trimtab.claims.base import Outcome
+from trimtab.decoding import Decoder, Sampling, Speculative
 from trimtab.decoding._distribution import Distribution, Warp
 from trimtab.decoding._loop import Loop
 from trimtab.decoding.base import DecodingMethod, DraftSetting
@@ -24,6 +25,7 @@ from trimtab.evaluation.acceptance import (
     prose_prompts,
 )
 from trimtab.evaluation.exactness import PairTest, TableModel, check_pairs, exact_pairs
+from trimtab.evaluation.exactness.gate import LOWEST_P
 from trimtab.evaluation.exactness.table import TableReader
 from trimtab.models import load
 
@@ -85,3 +87,16 @@ def figures(name: str, found: Acceptance) -> dict[str, float]:
         f"tokens_per_target_forward_{name}": found.estimate.value,
         f"nodes_per_forward_{name}": found.nodes_per_forward,
     }
+
+
+def exact_on_tables(method: DecodingMethod) -> Outcome:
+    """Holds if the method follows the exact distribution and the baseline, typical acceptance, is found not to."""
+    exact, lossy = on_tables(method), on_tables(Speculative(draft=DRAFT, depth=2, rule="typical"))
+    return Outcome(
+        measured={"p_value": exact.p_value, "total_variation": exact.total_variation},
+        baseline={
+            "p_value_typical_acceptance": lossy.p_value,
+            "total_variation_typical_acceptance": lossy.total_variation,
+        },
+        holds=exact.p_value > LOWEST_P >= lossy.p_value,
+    )

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from trimtab.claims._drafts import MEASURED, ON_TABLES, accepted, figures, on_tables
+from trimtab.claims._drafts import MEASURED, ON_TABLES, accepted, exact_on_tables, figures
 from trimtab.claims.base import Claim, Outcome
 from trimtab.core.registry import method_info
 from trimtab.decoding import Spectr, Speculative
 from trimtab.decoding.base import DecodingMethod
 from trimtab.evaluation.acceptance import DRAFT
-from trimtab.evaluation.exactness.gate import LOWEST_P
 
 WIDTH, DEPTH = 4, 4
-
-
-def exact(small: DecodingMethod) -> Outcome:
-    tree, lossy = on_tables(small), on_tables(Speculative(draft=DRAFT, depth=2, rule="typical"))
-    return Outcome(
-        measured={"p_value": tree.p_value, "total_variation": tree.total_variation},
-        baseline={
-            "p_value_typical_acceptance": lossy.p_value,
-            "total_variation_typical_acceptance": lossy.total_variation,
-        },
-        holds=tree.p_value > LOWEST_P >= lossy.p_value,
-    )
 
 
 def more_than(tree: DecodingMethod, other: DecodingMethod) -> Outcome:
@@ -47,7 +34,7 @@ def claims_of_tree(small: DecodingMethod, tree: DecodingMethod, shape: str) -> t
             paper,
             f"Recursive rejection sampling of {shape} leaves the distribution of the large model as it is.",
             f"{ON_TABLES}, and the test refuses the baseline, typical acceptance.",
-            lambda: exact(small),
+            lambda: exact_on_tables(small),
         ),
         Claim(
             name,

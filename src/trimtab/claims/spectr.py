@@ -7,13 +7,12 @@ import itertools
 import numpy as np
 import torch
 
-from trimtab.claims._drafts import MEASURED, ON_TABLES, accepted, figures, on_tables
+from trimtab.claims._drafts import MEASURED, ON_TABLES, accepted, exact_on_tables, figures
 from trimtab.claims.base import Claim, Outcome
 from trimtab.core.registry import method_info
 from trimtab.decoding import Spectr, Speculative
 from trimtab.decoding._rules.k_seq import division
 from trimtab.evaluation.acceptance import DRAFT
-from trimtab.evaluation.exactness.gate import LOWEST_P
 
 __all__ = ["CLAIMS"]
 
@@ -22,18 +21,7 @@ PAIRS, TOKENS, DRAFTS = 300, 6, 3
 
 
 def exact() -> Outcome:
-    several, lossy = (
-        on_tables(Spectr(draft=DRAFT, k=3, depth=2)),
-        on_tables(Speculative(draft=DRAFT, depth=2, rule="typical")),
-    )
-    return Outcome(
-        measured={"p_value": several.p_value, "total_variation": several.total_variation},
-        baseline={
-            "p_value_typical_acceptance": lossy.p_value,
-            "total_variation_typical_acceptance": lossy.total_variation,
-        },
-        holds=several.p_value > LOWEST_P >= lossy.p_value,
-    )
+    return exact_on_tables(Spectr(draft=DRAFT, k=3, depth=2))
 
 
 def more_than_a_chain() -> Outcome:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trimtab.core.errors import ConfigError, did_you_mean
-from trimtab.evaluation.beside.base import System
+from trimtab.evaluation.beside.base import System, named
 
 
 def _own(name: str, method: str | None = None, draft: str = "ref-mini", adapt: bool = False, **options: Any) -> System:
@@ -35,8 +34,4 @@ def choose(systems: Sequence[str] | None = None) -> list[System]:
 
     Raises ConfigError for a name that is none of these.
     """
-    known = {*(system.name for system in _SYSTEMS), *(system.library for system in _SYSTEMS)}
-    for name in systems or ():
-        if name not in known:
-            raise ConfigError(f"unknown system '{name}'. {did_you_mean(name, known)}")
-    return [system for system in _SYSTEMS if systems is None or {system.name, system.library} & set(systems)]
+    return named(_SYSTEMS, systems)
