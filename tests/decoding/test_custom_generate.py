@@ -86,14 +86,14 @@ def test_a_cache_that_is_given_is_used() -> None:
     model = random_model("llama", head_dim=16)
     cache = Kivi(bits=2, group_size=16, window=16).new(model)
     options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "custom_generate": METHOD}
-    found = model.generate(IDS, past_key_values=cache, **options)
+    found = model.generate(IDS[:1], past_key_values=cache, **options)
     assert cache.get_seq_length() == found.shape[1] - 1
     wanted = Decoder(model, [METHOD], new_cache=Kivi(bits=2, group_size=16, window=16).new).generate(
-        IDS.tolist(), Sampling(max_new_tokens=40)
+        IDS[:1].tolist(), Sampling(max_new_tokens=40)
     )
     assert found[:, 12:].tolist() == wanted.tokens
     for held in (cache, DynamicCache(config=model.config)):
         if held is not cache:
-            model(IDS, past_key_values=held)
+            model(IDS[:1], past_key_values=held)
         with pytest.raises(CompositionError, match="begins with an empty one"):
-            model.generate(torch.cat([IDS, IDS], dim=1), past_key_values=held, **options)
+            model.generate(torch.cat([IDS, IDS], dim=1)[:1], past_key_values=held, **options)
