@@ -84,11 +84,11 @@ def test_what_cannot_be_kept_is_refused() -> None:
 
 def test_a_cache_that_is_given_is_used() -> None:
     model = random_model("llama", head_dim=16)
-    cache = Kivi(bits=2, group_size=16, window=16).new(model)
+    cache = Kivi(bits=2, group_size=16, window=64).new(model)
     options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "custom_generate": METHOD}
     found = model.generate(IDS[:1], past_key_values=cache, **options)
     assert cache.get_seq_length() == found.shape[1] - 1
-    wanted = Decoder(model, [METHOD], new_cache=Kivi(bits=2, group_size=16, window=16).new).generate(
+    wanted = Decoder(model, [METHOD], new_cache=Kivi(bits=2, group_size=16, window=64).new).generate(
         IDS[:1].tolist(), Sampling(max_new_tokens=40)
     )
     assert found[:, 12:].tolist() == wanted.tokens
