@@ -33,7 +33,8 @@ class Decoder:
                 None: exact keys and values. Drafts keep theirs exact
     drafts      name -> model, for what methods name in their options, as `draft`, `tuned`; others are loaded
     adapt       leave out drafts while they cost more than they save, as found in this and earlier generations of so
-                many texts (Controller); False: draft always
+                many texts (Controller); False: draft always. Above temperature 0 a seed repeats a text only with
+                False: what is drawn depends on which rounds had a draft, its distribution does not
     before      transforms between the methods' and those of `Sampling`
 
     Raises CompositionError for two methods that draft, or two that search.
