@@ -76,8 +76,8 @@ def custom_generate(
 ) -> Tensor:
     """Token ids [R, length]: prompts as given, what was written, padding after the end of shorter texts.
 
-    Chance comes from torch's global generator, as in generate(); see `Decoder` on drafts and seeds. A cache of the cache
-    room, still empty, is what the model decodes with. generate() keeps a streamer to itself;
+    Chance comes from torch's global generator, as in generate(); see `Decoder` on drafts and seeds. A cache of the
+    cache room, still empty, is what the model decodes with. generate() keeps a streamer to itself;
     `Decoder.generate(on_tokens=...)` shows texts as they grow.
 
     Raises CompositionError for stopping criteria of one's own, several sequences per prompt, a cache that holds
