@@ -1,4 +1,4 @@
-"""Keys whose position is their index in the cache: moving queries there, and keys of a draft that branches."""
+"""Keys whose position is their index in the cache: where queries are there, and keys of a draft that branches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.kernels.kv_attention import Rope
 from trimtab.models.segments.rope import RopeSource, rotated, unrotated
 
 
@@ -34,13 +33,9 @@ def straightened(keys: Tensor, came: Sequence[int], begin: int, rope: RopeSource
     return unrotated(rotated(keys, before), after)
 
 
-def moved_into_cache(query: Tensor, at: Rope, positions: Tensor, gone: Sequence[int], rope: RopeSource) -> Tensor:
-    """Queries [R, H, T, d] from their positions [R, T] in the text, with angles `at`, to those in the cache.
+def places(positions: Tensor, gone: Sequence[int]) -> Tensor:
+    """Positions [R, T] in the text as those in the cache; of padding, whose own is below 0, it is 0.
 
     gone   for each row, how many positions come before what the cache holds, those of its sinks left out
     """
-    in_cache = (positions - torch.tensor(gone, device=query.device)[:, None]).clamp_(
-        min=0
-    )  # that of padding is below 0
-    angles = rope.angles(in_cache)
-    return rotated(unrotated(query, at), Rope(angles.cos[:, None], angles.sin[:, None]))
+    return (positions - torch.tensor(gone, device=positions.device)[:, None]).clamp_(min=0)

@@ -15,9 +15,9 @@ from trimtab.models.segments.attending import attend_to_all, query_heads
 from trimtab.models.segments.dense import dense_lane, exact_attention
 from trimtab.models.segments.draft import Draft
 from trimtab.models.segments.group import Group
-from trimtab.models.segments.in_cache import in_order, moved_into_cache
+from trimtab.models.segments.in_cache import in_order, places
 from trimtab.models.segments.plan import HeadPlan
-from trimtab.models.segments.rope import RopeSource, unrotated
+from trimtab.models.segments.rope import RopeSource, rotated, unrotated
 from trimtab.models.segments.visibility import token_columns
 
 if TYPE_CHECKING:
@@ -281,10 +281,9 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _moved_into_cache(self, query: Tensor, group: Group, at: Rope, positions: Tensor) -> Tensor:
         """Queries of a group moved from their positions in the text to those in the cache."""
-        assert self.rope is not None
         heads = query_heads(self.plan, group.plan, query.shape[1])
         gone = [begin - group.tokens(row) for row, begin in enumerate(self._next_positions())]
-        moved = moved_into_cache(query[:, heads], at, positions, gone, self.rope)
+        moved = rotated(unrotated(query[:, heads], at), self._angles(places(positions, gone)))
         if len(heads) == query.shape[1]:
             return moved
         return query.index_copy(1, torch.tensor(heads, device=query.device), moved)
