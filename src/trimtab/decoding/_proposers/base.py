@@ -100,14 +100,13 @@ class ModelProposer(Proposer):
             if level:
                 for row, nodes in enumerate(growing):
                     self._read[row].add(nodes)
-                rows = reader.read(
+                found = reader.read(
                     [[tree.tokens[node] for node in nodes] for tree, nodes in zip(trees, growing, strict=True)],
                     [
                         [self._read[row].place(trees[row].parents[node]) for node in nodes]
                         for row, nodes in enumerate(growing)
                     ],
                 )
-                found = rows
             probs = self._probs(found, texts, trees, growing)
             growing = [
                 self.grow(tree, dict(zip(growing[row], probs[row], strict=True)), level, generators[row])
