@@ -8,6 +8,9 @@
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
     python scripts/record_results.py decode     decoding with compressed weights, likewise
+    python scripts/record_results.py acceptance tokens per forward pass of ref for shapes of drafts by ref-mini
+    python scripts/record_results.py decoding   drafts beside plain decoding and transformers' assisted generation
+    python scripts/record_results.py controlled-drafts  what drafts cost under the controller where they do not pay
     python scripts/record_results.py linear     single layers, likewise
     python scripts/record_results.py compress-time  time and memory of compressing, likewise
 
@@ -124,6 +127,25 @@ def caches() -> tuple[dict[str, Any], int]:
     return survey("ref", tell=lambda line: print(line, file=sys.stderr, flush=True)), 0
 
 
+def acceptance() -> tuple[dict[str, Any], int]:
+    """Tokens per forward pass of `ref` over the number of drafted sequences and their depth."""
+    from trimtab.evaluation.acceptance import curve
+
+    return curve(lambda line: print(line, file=sys.stderr, flush=True)), 0
+
+
+def decoding() -> tuple[dict[str, Any], int]:
+    """Ways to draft, plain decoding and transformers' assisted generation, at two depths."""
+    return benchmarks(("decoding", "--depth", "5"), ("decoding", "--depth", "3"))
+
+
+def controlled_drafts() -> tuple[dict[str, Any], int]:
+    """Drafting under the controller over plain decoding, good and useless drafts."""
+    from trimtab.evaluation.controlled_drafts import survey
+
+    return survey(lambda line: print(line, file=sys.stderr, flush=True)), 0
+
+
 def weights_peers() -> tuple[dict[str, Any], int]:
     """Other libraries' quantizers and ours at 2 and 3 bits on `ref`; run it where they are installed."""
     from trimtab.evaluation.weights_peers import measure
@@ -196,6 +218,9 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "weights-peers": weights_peers,
     "claims": claims,
     "caches": caches,
+    "acceptance": acceptance,
+    "decoding": decoding,
+    "controlled-drafts": controlled_drafts,
     "evaluate": evaluate,
     "kv-decode": kv_decode,
     "decode": decode,

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from decoding_tables import acceptance_table, controlled_table, decoding_table
+
 from trimtab.app.report import text
 from trimtab.app.report.cache_view import cache_row, cells_of, columns_of
 from trimtab.app.report.rows import Interval, Row, main_metrics, row_of
@@ -278,6 +280,9 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "grid-matmul": grid_matmul_table,
     "kv-decode": kv_decode_table,
     "decode": decode_table,
+    "acceptance": lambda document, method: finished(document, *acceptance_table(document, method)),
+    "decoding": lambda document, method: finished(document, *decoding_table(document, method)),
+    "controlled-drafts": lambda document, method: finished(document, *controlled_table(document, method)),
 }
 
 
@@ -285,6 +290,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, first column left, others right unless they hold sentences."""
     lines = [columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def finished(document: Document, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """A table with its source; nothing without rows."""
+    return f"{markdown(columns, rows)}\n\n{source_line(document, note)}" if rows else ""
 
 
 def source_line(document: Document, note: str = "") -> str:

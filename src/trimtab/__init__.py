@@ -18,6 +18,7 @@ from trimtab.models.registration import register_when_transformers_loads
 
 if TYPE_CHECKING:
     from trimtab import cache as cache
+    from trimtab import decoding as decoding
     from trimtab import weights as weights
     from trimtab.core.recipe import Recipe as Recipe
     from trimtab.evaluation import evaluate as evaluate
@@ -42,6 +43,7 @@ __getattr__, __dir__ = lazy_exports(
         "evaluate": "evaluation",
         "Recipe": "core.recipe",
         "cache": "cache",
+        "decoding": "decoding",
         "weights": "weights",
     },
 )

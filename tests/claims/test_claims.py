@@ -71,6 +71,12 @@ NEGATIVE = (
     "At equal bytes the correction is worth more",
     "Untrained, it is closer to the original than GPTQ",
     "Without data it competes with methods that calibrate",
+    "At equal depth, a tree of constant branching writes more tokens per forward pass than SpecTr",
+    "At equal depth, a stochastic beam writes more tokens per forward pass than SpecTr",
+    "Contrasting the last layer with an early one",
+    "Choosing the early layer for each token",
+    "Searching by chunks beats adding",
+    "Every metric has a best answer of its own",
 )
 """How those claims begin that do not hold on models as small as the reference ones; the journal says why."""
 

@@ -29,12 +29,19 @@ def tree_mask(held: int, rows: int) -> Tensor:
     return mask.expand(rows, 1, -1, -1)
 
 
-@pytest.mark.parametrize("plan", ["exact", "kivi"])
-@pytest.mark.parametrize(("family", "pre_rope"), [("llama", False), ("llama", True), ("gemma2", True), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("plan", "family", "pre_rope"),
+    [
+        *[(p, f, r) for p in ("exact", "kivi") for f in ("llama", "gemma2") for r in {f == "gemma2", True}],
+        *[(p, "gpt2", False) for p in ("exact", "kivi")],
+        ("streaming", "llama", False),
+        ("streaming", "gemma2", False),
+    ],
+)
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_tree_is_its_paths(family: str, pre_rope: bool, plan: str, steps: int) -> None:
+def test_a_tree_is_its_paths(plan: str, family: str, pre_rope: bool, steps: int) -> None:
     model, prompt, draft = random_model(family), tokens(2, 45), tokens(2, len(PARENTS), seed=2)
-    cache = new_cache(model, plan, pre_rope=pre_rope)
+    cache = new_cache(model, plan, **({} if plan == "streaming" else {"pre_rope": pre_rope}))
     feed(model, cache, prompt, [40, 5])
     alone = {leaf: cache.fork() for leaf in LEAVES}
     mask, positions = tree_mask(45, 2), torch.tensor(DEPTHS)[None] + 45

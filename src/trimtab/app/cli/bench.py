@@ -20,6 +20,7 @@ EXAMPLES = (
     "trimtab bench decode --cache kivi-4 --context 8192",
     "trimtab bench linear --systems trimtab/grid-4,torch",
     "trimtab bench compress --model ref",
+    "trimtab bench decoding --depth 4",
     "trimtab bench kv-decode --context 8192",
     "trimtab bench kv-decode --systems llama.cpp,transformers/quanto-4 --caches kivi-4,kivi-2",
 )
@@ -66,6 +67,14 @@ def _compress(systems: Sequence[str] | None, threads: int | None, **setting: Any
     return compress_time.run(compress_time.choose(systems), compress_time.Setting(**setting), threads=threads, tell=say)
 
 
+def _decoding(systems: Sequence[str] | None, threads: int | None, **setting: Any) -> Any:
+    from trimtab.evaluation import decoding_speed
+
+    return decoding_speed.run(
+        decoding_speed.choose(systems), decoding_speed.Setting(**setting), threads=threads, tell=say
+    )
+
+
 _MODEL = ("context", "steps", "layers")
 _STEP = ("decode_ms_median", "decode_spread", "prefill_s_median")
 _BESIDE = {
@@ -83,6 +92,11 @@ _BESIDE = {
         _linear,
         (),
         ("decode_ms_median", "shape", "rows", "weight_bytes", "bandwidth_share", "distance", "parity"),
+    ),
+    "decoding": _Beside(
+        _decoding,
+        ("steps", "depth"),
+        ("tokens_per_s_median", "spread", "tokens_per_target_forward", "accepted_by_depth", "same_text"),
     ),
     "compress": _Beside(
         _compress,
@@ -105,8 +119,10 @@ def run(
         typer.Option(help="decode, kv-decode: tokens held while steps are timed.", show_default="short, 8192"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="decode, kv-decode: tokens decoded after it.", show_default="64, 128")
+        int | None,
+        typer.Option(help="decode, kv-decode, decoding: tokens decoded after it.", show_default="64, 128, 96"),
     ] = None,
+    depth: Annotated[int | None, typer.Option(help="decoding: tokens drafted per round.", show_default="5")] = None,
     layers: Annotated[
         int | None, typer.Option(help="decode, kv-decode: layers of the random model.", show_default="8, 4")
     ] = None,
@@ -148,13 +164,15 @@ def run(
     A kernel is measured beside torch and beside the memory bandwidth, after its results were compared with the
     reference's. The others measure one system after the other on the same random weights, each in a process of its own:
     trimtab, torch, and other libraries where they are installed. decode: a whole step with compressed weights. linear:
-    single layers. kv-decode: decoding with a long context. compress: time and memory of compressing.
+    single layers. kv-decode: decoding with a long context. decoding: with drafts. compress: time and memory of
+    compressing.
     """
     from trimtab.kernels import bench
 
     given = {
         "context": context,
         "steps": steps,
+        "depth": depth,
         "layers": layers,
         "systems": systems,
         "cache": cache,

@@ -36,6 +36,7 @@ EXAMPLES = (
     "trimtab compare ref --methods rtn,gptq --bits 3 --set group_size=32 --set gptq.act_order=true -o groups-of-32",
     "trimtab compare ref --methods gptq --tasks prose,recall --limit 50 -o quick --json",
     "trimtab compare ref --caches exact,kivi,gear --bits 2,4 --set kivi.window=64 -o caches",
+    "trimtab compare ref --decodings speculative,spectr,dola+rsd_s --set draft=ref-mini -o decodings",
 )
 
 
@@ -47,6 +48,13 @@ def run(
     caches: Annotated[
         str | None,
         typer.Option(help="Instead of methods: names of KV caches, see trimtab list --room cache.", show_default=False),
+    ] = None,
+    decodings: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of methods: ways to decode, A+B for two together, see trimtab list --room decoding.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report.html and the run records.")] = Path(
         "trimtab-comparison"
@@ -75,8 +83,11 @@ def run(
     """
     from trimtab.app.comparison import Setting, plan, run_all
 
-    if (methods is None) == (caches is None):
-        raise ConfigError("give either --methods, which change the weights, or --caches, which keep keys and values.")
+    if sum(given is not None for given in (methods, caches, decodings)) != 1:
+        raise ConfigError(
+            "give one of --methods, which change the weights, --caches, which keep keys and values, and --decodings, "
+            "which write the text."
+        )
     numbers = [] if bits is None else split_numbers(bits, "--bits")
     if caches is not None:
         from trimtab.app.cache_comparison import CacheSetting, plan_caches, run_caches
@@ -88,6 +99,18 @@ def run(
         check_output(out, force, holds="runs")
         cache_setting = CacheSetting(model, chosen, limit=limit, seed=seed, device=device)
         _finish(model, record(run_caches(cache_setting, cache_variants), len(cache_variants), out), out, as_json)
+        return
+    if decodings is not None:
+        from trimtab.app.decoding_comparison import DecodingSetting, plan_decodings, run_decodings
+
+        for option, given in (("--bits", bits), ("--tasks", tasks), ("--text", text)):
+            if given is not None:
+                raise ConfigError(f"{option} is not for --decodings.")
+        decoding_variants = plan_decodings(split_names(decodings, "--decodings"), read_settings(settings))
+        check_output(out, force, holds="runs")
+        decoding_setting = DecodingSetting(model, limit, seed=seed, device=device)
+        done = record(run_decodings(decoding_setting, decoding_variants), len(decoding_variants), out)
+        _finish(model, done, out, as_json)
         return
     assert methods is not None
     variants = plan(split_names(methods, "--methods"), numbers, read_settings(settings))

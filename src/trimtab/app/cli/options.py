@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.core.errors import ConfigError, OutputError
+from trimtab.core.errors import ConfigError, OutputError, did_you_mean
 from trimtab.core.files import read_user_text, refuse_occupied
 
 if TYPE_CHECKING:
     from trimtab.cache.base import CacheMethod
+    from trimtab.decoding.base import DecodingMethod
 
 Model = Annotated[
     str,
@@ -48,6 +51,70 @@ CacheSettings = Annotated[
     list[str] | None,
     typer.Option("--cache-set", metavar="OPTION=VALUE", help="An option of the cache; may be given several times."),
 ]
+
+
+Decoding = Annotated[
+    str | None,
+    typer.Option(
+        "--decoding",
+        metavar="NAME[,NAME]",
+        help="Decode by these methods, which supply different parts: see trimtab list --room decoding.",
+        show_default=False,
+    ),
+]
+DecodingSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decoding-set",
+        metavar="OPTION=VALUE[,...]",
+        help="An option of the decoding, or of one of them as NAME.OPTION=VALUE; may be given several times.",
+    ),
+]
+
+
+def read_decoding(names: str | None, pairs: Iterable[str] | None) -> list[DecodingMethod]:
+    """The methods of --decoding and --decoding-set, none without. Raises ConfigError before a model is loaded."""
+    if names is None:
+        if pairs:
+            raise ConfigError(
+                f"--decoding-set {next(iter(pairs))} is an option of a decoding; name it with --decoding."
+            )
+        return []
+    return decoding_methods(split_names(names, "--decoding"), pairs)
+
+
+def decoding_methods(names: Sequence[str], pairs: Iterable[str] | None) -> list[DecodingMethod]:
+    """Methods of the decoding room with their settings: `option` goes to all that have it, `method.option` to one.
+
+    Raises ConfigError for a method that is none, and for an option that no method has.
+    """
+    from trimtab.app.comparison import check_prefixes
+    from trimtab.core.registry import method_class, method_info
+
+    infos = [method_info(name) for name in names]
+    for info in infos:
+        if info.room != "decoding":
+            raise ConfigError(f"'{info.name}' is a method of the room {info.room}; see trimtab list --room decoding.")
+    settings = read_settings([part for pair in pairs or () for part in _split_settings(pair)], "--decoding-set")
+    check_prefixes([info.name for info in infos], settings)
+    classes: list[Any] = [method_class(info.name) for info in infos]
+    options = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
+    if unknown := [key for key in settings if "." not in key and not any(key in own for own in options)]:
+        raise ConfigError(
+            f"--decoding-set {unknown[0]}: no such option of {' or '.join(info.name for info in infos)}. "
+            f"{did_you_mean(unknown[0], set().union(*options))}"
+        )
+    methods = []
+    for info, cls, own in zip(infos, classes, options, strict=True):
+        chosen = {key: text for key, text in settings.items() if key in own}
+        chosen |= {key.partition(".")[2]: text for key, text in settings.items() if key.startswith(f"{info.name}.")}
+        methods.append(cls.from_options(typed_settings(cls, chosen)))
+    return methods
+
+
+def _split_settings(text: str) -> list[str]:
+    """`k=4,depth=5` as its settings; a comma that no OPTION= follows is part of the value before."""
+    return re.split(r",(?=\s*[A-Za-z_][\w.-]*=)", text)
 
 
 def read_cache(name: str | None, pairs: Iterable[str] | None) -> CacheMethod | None:
@@ -105,8 +172,11 @@ def typed_settings(method: type, settings: dict[str, str]) -> dict[str, Any]:
     for name, text in settings.items():
         hint = hints.get(name)
         choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        words = [word for choice in choices if typing.get_origin(choice) is typing.Literal for word in choice.__args__]
         if type(None) in choices and text.lower() in ("none", "null"):
             typed[name] = None
+        elif text in words:
+            typed[name] = text
         elif any(typing.get_origin(choice) in (tuple, list) for choice in choices):
             typed[name] = tuple(part.strip() for part in text.split(",") if part.strip())
         else:

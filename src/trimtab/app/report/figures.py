@@ -1,4 +1,4 @@
-"""The Pareto pictures, as SVG that takes the colours of the page it stands in."""
+"""Pictures as SVG that takes the colours of the page it stands in: Pareto fronts, bars."""
 
 from __future__ import annotations
 
@@ -46,25 +46,9 @@ def pareto_svg(
         points = [(row, value) for row, value in points if value.value > 0]
     if not points:
         return ""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt, style = _pyplot()
     from matplotlib.ticker import FuncFormatter
 
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "trimtab",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _FAINT,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
         methods = list(dict.fromkeys(row.method for row, _ in points))
@@ -96,10 +80,51 @@ def pareto_svg(
         axes.margins(x=0.14, y=0.14)
         axes.grid(True, color=_FAINT, lw=0.5, alpha=0.35)
         axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    return _inline(buffer.getvalue(), f"{label} against {cost_label}; the same figures are in the table.")
+        return _svg(plt, figure, f"{label} against {cost_label}; the same figures are in the table.")
+
+
+def bars_svg(labels: Sequence[str], values: Sequence[float], label: str) -> str:
+    """A horizontal bar for each label, the first one faint, as inline SVG."""
+    plt, style = _pyplot()
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(5.6, 0.8 + 0.36 * len(labels)), layout="constrained")
+        places = range(len(labels))[::-1]
+        drawn = axes.barh(places, values, color=[_FAINT, *[_COLOURS[0]] * (len(labels) - 1)], height=0.62)
+        axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=4)
+        axes.set_yticks(places, labels)
+        axes.set_xlabel(label)
+        axes.margins(x=0.12)
+        return _svg(plt, figure, f"{label} of each row; the same figures are in the table.")
+
+
+def _pyplot() -> tuple[Any, dict[str, Any]]:
+    """matplotlib without a display, and the style of all pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "trimtab",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _FAINT,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    return pyplot, style
+
+
+def _svg(plt: Any, figure: Any, description: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    return _inline(buffer.getvalue(), description)
 
 
 def _log_tick(value: float, _position: object) -> str:

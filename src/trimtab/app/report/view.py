@@ -38,8 +38,9 @@ class View:
 
 def view_of(records: Sequence[RunRecord], *, pictures: bool = True) -> View:
     """The view that fits these records of one comparison. Raises DataError for records of something else."""
-    from trimtab.app.report import cache_view, weights_view
+    from trimtab.app.report import cache_view, decoding_view, weights_view
 
-    module: Any = cache_view if records[0].config.get("kind") == cache_view.KIND else weights_view
+    kinds: dict[str, Any] = {module.KIND: module for module in (cache_view, decoding_view)}
+    module = kinds.get(records[0].config.get("kind", ""), weights_view)
     view: View = module.view(records, pictures=pictures)
     return view

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trimtab.core.errors import MissingExtra
+from trimtab.core.errors import ConfigError, MissingExtra, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,18 @@ class System:
             if not _is_installed(module):
                 return str(MissingExtra(package, "peers", self.name))
         return None
+
+
+def named(known: Sequence[System], names: Sequence[str] | None) -> list[System]:
+    """Those of the known systems that have one of these names, or are of one of these libraries; None: all.
+
+    Raises ConfigError for a name that is none of these.
+    """
+    every = {*(system.name for system in known), *(system.library for system in known)}
+    for name in names or ():
+        if name not in every:
+            raise ConfigError(f"unknown system '{name}'. {did_you_mean(name, every)}")
+    return [system for system in known if names is None or {system.name, system.library} & set(names)]
 
 
 def _is_installed(module: str) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.core.errors import ConfigError, did_you_mean
-from trimtab.evaluation.beside.base import System
+from trimtab.evaluation.beside.base import System, named
 
 _SYSTEMS = (
     System("trimtab/gptq-4", "sessions:TrimtabGptq"),
@@ -22,8 +21,4 @@ def choose(systems: Sequence[str] | None = None) -> list[System]:
 
     Raises ConfigError for a name that is none of these.
     """
-    known = {*(system.name for system in _SYSTEMS), *(system.library for system in _SYSTEMS)}
-    for name in systems or ():
-        if name not in known:
-            raise ConfigError(f"unknown system '{name}'. {did_you_mean(name, known)}")
-    return [system for system in _SYSTEMS if systems is None or {system.name, system.library} & set(systems)]
+    return named(_SYSTEMS, systems)

@@ -38,6 +38,7 @@ class SegmentCache(Cache):
     keeps some of them, `rollback()` none. Encoded tokens never change, so `fork()` shares them.
 
     key_bias   layer -> float32 [R, Hq, n]: added to the attention scores of the n oldest keys held
+    positions  tokens that a text may have; None: any number, as where positions do not grow
 
     Raises ConfigError if the plan does not fit the model, TargetError for an unknown family or one without the rotary
     positions that the plan needs.
@@ -51,7 +52,7 @@ class SegmentCache(Cache):
         self.key_bias: dict[int, Tensor] = {}
         self._model = weakref.ref(model)
         self._config: Any = model.config.get_text_config()
-        self._limit = _position_limit(self._config, plan)
+        self.positions = _position_limit(self._config, plan)
         use_backend(model)
         use_fast_linear(model)
         ropes: list[RopeSource | None] = [None] * len(plan.layers)
@@ -82,10 +83,10 @@ class SegmentCache(Cache):
 
     def check_length(self, length: int) -> None:
         """Raise DataError if the model has no position for the last of so many tokens."""
-        if self._limit is not None and length > self._limit:
+        if self.positions is not None and length > self.positions:
             raise DataError(
-                f"the text has grown to {length} tokens, but the model has positions for {self._limit}. Use a shorter "
-                "text, or the cache 'streaming', whose positions do not grow."
+                f"the text has grown to {length} tokens, but the model has positions for {self.positions}. Use a "
+                "shorter text, or the cache 'streaming', whose positions do not grow."
             )
 
     def note_inputs(self, layer: int, hidden: Tensor) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.kv_attention import Lane
+from trimtab.models.segments.in_cache import straightened
 from trimtab.models.segments.pivots import pivot_tokens
 from trimtab.models.segments.plan import HeadPlan
+from trimtab.models.segments.rope import RopeSource
 from trimtab.models.segments.side import Side, exact_run
 
 Unrotate = Callable[[Tensor, Sequence[int]], Tensor]
@@ -53,6 +55,20 @@ class Group:
         """Add tokens [R, H, T, d]."""
         self.keys.append(keys, valid)
         self.values.append(values, valid)
+
+    def keep(
+        self, row: int, held: tuple[int, int], chosen: Sequence[int], position: int, rope: RopeSource | None
+    ) -> None:
+        """Of a row's draft, which came when its windows held `held` tokens, keep the tokens `chosen`.
+
+        position   of the first token of the draft
+        """
+        for side, mark in zip(self.sides, held, strict=True):
+            side.keep(row, mark, chosen)
+        if self.in_cache and list(chosen) != list(range(len(chosen))):
+            assert rope is not None
+            keys = self.keys.window(row)[:, held[0] :]
+            keys.copy_(straightened(keys, chosen, position, rope))
 
     def note_pivots(self, hidden: Tensor, valid: Sequence[list[int]] | None) -> None:
         """Mark tokens of the prompt by what enters the block, [R, T, c]. The first token is always one."""

@@ -15,6 +15,7 @@ from trimtab.models.segments.attending import attend_to_all, query_heads
 from trimtab.models.segments.dense import dense_lane, exact_attention
 from trimtab.models.segments.draft import Draft
 from trimtab.models.segments.group import Group
+from trimtab.models.segments.in_cache import in_order, places
 from trimtab.models.segments.plan import HeadPlan
 from trimtab.models.segments.rope import RopeSource, rotated, unrotated
 from trimtab.models.segments.visibility import token_columns
@@ -211,7 +212,8 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Add tokens to all groups; returns the query, rotated to its index in the cache for groups that want that."""
         length = keys.shape[2]
         counts = [length] * self.rows if valid is None else [len(own) for own in valid]
-        self.cache.check_length(max(map(int.__add__, self.lengths, counts)))
+        if self.draft is None:  # of a draft that branches, only the path that is kept counts
+            self.cache.check_length(max(map(int.__add__, self.lengths, counts)))
         at = None
         if self.rope is not None:
             if position_ids is None:
@@ -226,8 +228,9 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             k, v = (keys, values) if len(own) == keys.shape[1] else (keys[:, own], values[:, own])
             if group.in_cache:
                 assert at is not None
-                k = unrotated(k, at)
-                query = None if query is None else self._rotated_in_cache(query, group, at, valid)
+                assert position_ids is not None
+                k = unrotated(k, self._angles(in_order(position_ids, self._next_positions(), valid)))
+                query = None if query is None else self._moved_into_cache(query, group, at, position_ids)
             if group.plan.pivots and self.noted is not None:
                 group.note_pivots(self.noted, valid)
             group.append(k, v, valid)
@@ -243,20 +246,18 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _note_positions(self, positions: Tensor, valid: list[list[int]] | None) -> None:
         """Check that positions [R, T] go on from those before: a key's position is that of the first plus its index.
 
-        Those of a draft may branch, where keys have positions of the text; `finish` checks the path that is kept.
+        Those of a draft may branch; `finish` checks the path that is kept.
         """
         found: list[list[int]] = positions.tolist()
         if valid is not None:
             found = [[own[i] for i in columns] for own, columns in zip(found, valid, strict=True)]
-        branching = self.draft is not None and not any(group.in_cache for group in self.groups)
-        if not branching:
-            for row, own in enumerate(found):
-                self._check_chain(row, own, self.lengths[row])
         for row, own in enumerate(found):
+            if self.draft is None:
+                self._check_chain(row, own, self.lengths[row])
+            else:
+                self.draft.positions[row] += own
             if own and self.first[row] is None:
                 self.first[row] = own[0]
-            if self.draft is not None:
-                self.draft.positions[row] += own
 
     def _check_chain(self, row: int, own: Sequence[int], length: int) -> None:
         """Raise DataError unless these positions follow the row's `length` tokens, each the one before plus one."""
@@ -278,18 +279,18 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         angles = self.rope.angles(positions)
         return Rope(angles.cos[:, None], angles.sin[:, None])
 
-    def _rotated_in_cache(self, query: Tensor, group: Group, at: Rope, valid: list[list[int]] | None) -> Tensor:
-        """Queries of a group moved from their positions in the text to their indices in the cache."""
-        positions = torch.zeros((self.rows, query.shape[2]), dtype=torch.long, device=query.device)
-        for row in range(self.rows):
-            columns = slice(None) if valid is None else valid[row]
-            count = query.shape[2] if valid is None else len(valid[row])
-            positions[row, columns] = torch.arange(count, device=query.device) + group.tokens(row)
+    def _moved_into_cache(self, query: Tensor, group: Group, at: Rope, positions: Tensor) -> Tensor:
+        """Queries of a group moved from their positions in the text to those in the cache."""
         heads = query_heads(self.plan, group.plan, query.shape[1])
-        moved = rotated(unrotated(query[:, heads], at), self._angles(positions))
+        gone = [begin - group.tokens(row) for row, begin in enumerate(self._next_positions())]
+        moved = rotated(unrotated(query[:, heads], at), self._angles(places(positions, gone)))
         if len(heads) == query.shape[1]:
             return moved
         return query.index_copy(1, torch.tensor(heads, device=query.device), moved)
+
+    def _next_positions(self) -> list[int]:
+        """Of each row: the position of the token that comes next, if tokens follow each other."""
+        return [(first or 0) + length for first, length in zip(self.first, self.lengths, strict=True)]
 
     def _rope_table(self) -> Rope | None:
         """Angles for all keys that are held before rotary embedding."""
@@ -344,11 +345,11 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Keep the drafted columns of each row's path (None: all) and encode what has left the window."""
         draft = self.draft
         assert draft is not None
-        if paths is None:
-            paths, length = draft.columns, self.length
-        else:
-            length = draft.length + max(map(len, paths), default=0)
+        length = self.length if paths is None else draft.length + max(map(len, paths), default=0)
+        paths = draft.columns if paths is None else paths
         stored = [draft.stored(path, row) for row, path in enumerate(paths)]
+        lengths = [length + len(kept) for length, kept in zip(draft.lengths, stored, strict=True)]
+        self.cache.check_length(max(lengths, default=0))
         starts = list(self.first)
         if self.rope is not None:
             positions = [[own[i] for i in kept] for own, kept in zip(draft.positions, stored, strict=True)]
@@ -357,12 +358,11 @@ class SegmentLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 if not draft.lengths[row]:
                     starts[row] = own[0] if own else None
         for group, windows in zip(self.groups, draft.windows, strict=True):
-            for row, (in_keys, in_values) in enumerate(windows):
-                group.keys.keep(row, in_keys, stored[row])
-                group.values.keep(row, in_values, stored[row])
+            for row, in_window in enumerate(windows):
+                group.keep(row, in_window, stored[row], (starts[row] or 0) + draft.lengths[row], self.rope)
         self.first, self.length, self.draft = starts, length, None
-        for row, kept in enumerate(stored):
-            self._set_length(row, draft.lengths[row] + len(kept))
+        for row, held in enumerate(lengths):
+            self._set_length(row, held)
         self._settle(prefill=False, sliding_window=None)
 
     def _set_length(self, row: int, length: int) -> None:

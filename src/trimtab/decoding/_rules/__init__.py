@@ -1,0 +1,1 @@
+"""Acceptance rules: which branch of a draft becomes text, and which token follows it."""
