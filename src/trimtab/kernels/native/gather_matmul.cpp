@@ -30,7 +30,7 @@ GatherKernel gather_kernel_for(int32_t isa, int32_t dtype) {
 
 struct Scratch {
   std::vector<int32_t> chosen;
-  std::vector<float> inputs, rest, sums;
+  std::vector<float> wide, inputs, rest, sums;
   LowRankState low_rank;
 };
 thread_local Scratch scratch;  // kept between calls
@@ -42,11 +42,13 @@ int64_t choose(const tt_gather_problem& p, const float* scale, const void* x, in
   s.chosen.resize(size_t(n));
   s.inputs.resize(size_t(rows * n));
   if (p.rank) s.rest.assign(size_t(rows * n), 0.0f);
+  s.wide.resize(size_t(rows * n));
+  for (int64_t i = 0; i < rows * n; ++i) s.wide[size_t(i)] = load_number(x, p.x_dtype, i);
   int64_t count = 0;
   for (int64_t j = 0; j < n; ++j) {
     bool any = false;
     for (int64_t b = 0; b < rows; ++b) {
-      const float value = load_number(x, p.x_dtype, b * n + j);
+      const float value = s.wide[size_t(b * n + j)];
       const bool counts = !(std::fabs(value) * (scale ? scale[j] : 1.0f) <= p.threshold);  // NaN counts, so that it shows
       s.inputs[size_t(b * n + count)] = counts ? value : 0.0f;
       if (p.rank && !counts) s.rest[size_t(b * n + j)] = value;
