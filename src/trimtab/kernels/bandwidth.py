@@ -9,12 +9,22 @@ import torch
 from trimtab.core.errors import KernelUnavailable
 from trimtab.kernels import library
 from trimtab.kernels.codebook_matmul import CODEBOOK_MATMUL
+from trimtab.kernels.gather_matmul import GATHER_MATMUL
 from trimtab.kernels.grid_matmul import GRID_MATMUL
 from trimtab.kernels.half_linear import HALF_LINEAR
 from trimtab.kernels.int_matmul import INT_MATMUL
 from trimtab.kernels.kv_attention import KV_ATTENTION
+from trimtab.kernels.sparse_matmul import SPARSE_MATMUL
 
-OPERATIONS = (CODEBOOK_MATMUL, GRID_MATMUL, HALF_LINEAR, INT_MATMUL, KV_ATTENTION)
+OPERATIONS = (
+    CODEBOOK_MATMUL,
+    GATHER_MATMUL,
+    GRID_MATMUL,
+    HALF_LINEAR,
+    INT_MATMUL,
+    KV_ATTENTION,
+    SPARSE_MATMUL,
+)
 _BUFFER_BYTES = 256 << 20  # several times the last-level cache of most machines
 _ROUNDS = 7
 

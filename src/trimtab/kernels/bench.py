@@ -265,6 +265,8 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "half-linear": half_linear_bench,
     "int-matmul": _of_operation("int_matmul"),
     "codebook-matmul": _of_operation("codebook_matmul"),
+    "sparse-matmul": _of_operation("sparse_matmul"),
+    "gather-matmul": _of_operation("gather_matmul"),
 }
 
 

@@ -16,7 +16,7 @@ from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
 
 log = logging.getLogger("trimtab.kernels")
 
-ABI = 3
+ABI = 4
 """TT_ABI of native/api.h."""
 ISA_VARIABLE = "TRIMTAB_ISA"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
@@ -135,6 +135,33 @@ class CodebookProblem(ctypes.Structure):
     )
 
 
+class SparseProblem(ctypes.Structure):
+    """tt_sparse_problem of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
+class GatherProblem(ctypes.Structure):
+    """tt_gather_problem of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("threshold", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("factor_dtype", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
 class TermProblem(ctypes.Structure):
     """tt_term_problem of native/api.h."""
 
@@ -168,6 +195,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_codebook_matmul": (i32, (*[pointer] * 6, i64, i32)),
         "tt_codebook_dequantize": (i32, (*[pointer] * 5, i64, i32)),
+        "tt_sparse_matmul": (i32, (*[pointer] * 6, i64, i32)),
+        "tt_sparse_dequantize": (i32, (*[pointer] * 4, i64, i64, pointer, i32)),
+        "tt_gather_matmul": (i32, (*[pointer] * 7, i64, i32)),
         "tt_int_matmul": (i32, (*[pointer] * 7, i64, ctypes.c_float, i32)),
         "tt_kv_attention": (i32, (pointer, pointer, pointer, pointer, i32)),
         "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),

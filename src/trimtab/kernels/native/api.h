@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define TT_ABI 3
+#define TT_ABI 4
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4, TT_BAD_INDEX = 5 };
@@ -89,6 +89,23 @@ struct tt_codebook_problem {
   int32_t isa;
 };
 
+struct tt_sparse_problem {
+  int64_t out_features, in_features;
+  int32_t dtype;    // of the values, as in tt_grid_weight
+  int32_t x_dtype;  // of x and out
+  int32_t isa;
+};
+
+struct tt_gather_problem {
+  int64_t out_features, in_features;
+  int64_t rank;          // of the low-rank term; 0: there is none
+  float threshold;       // an input counts unless |x| * scale is at most this
+  int32_t dtype;         // of the columns, as in tt_grid_weight
+  int32_t factor_dtype;  // of the low-rank term: 1, 2
+  int32_t x_dtype;       // of x and out
+  int32_t isa;
+};
+
 TT_EXPORT int32_t tt_abi();
 TT_EXPORT int32_t tt_openmp();                  // 1 if built with threads
 TT_EXPORT int32_t tt_has_isa(int32_t isa);      // 1 if built for it and the machine has it
@@ -140,6 +157,22 @@ TT_EXPORT int32_t tt_codebook_matmul(const tt_codebook_problem* problem, const v
 // The dense weight [rows][in] of the first `rows` output rows, in the problem's x_dtype.
 TT_EXPORT int32_t tt_codebook_dequantize(const tt_codebook_problem* problem, const void* codes, const void* codebooks,
                                          const void* scales, void* out, int64_t rows, int32_t threads);
+
+// out [rows][out] = x [rows][in] W^T. Row o of W keeps the columns of its bitmap, words [out][in / 64 rounded up], whose
+// bit j of word w is column 64 w + j; their values are consecutive from offsets[o] on, offsets [out + 1]. 1 to 8 rows, all
+// contiguous. Returns as above. Bitmap and offsets agree, and no bit is set beyond in: the caller has checked.
+TT_EXPORT int32_t tt_sparse_matmul(const tt_sparse_problem* problem, const void* x, const uint64_t* bitmap,
+                                   const void* values, const int32_t* offsets, void* out, int64_t rows, int32_t threads);
+
+// The dense rows [first, first + rows) of such a weight, [rows][in] of the problem's x_dtype.
+TT_EXPORT int32_t tt_sparse_dequantize(const tt_sparse_problem* problem, const uint64_t* bitmap, const void* values,
+                                       const int32_t* offsets, int64_t first, int64_t rows, void* out, int32_t threads);
+
+// out [rows][out] = (x where it counts) W^T + (x where it does not) right^T left^T; W by columns [in][out], scale [in] or
+// null: 1, right [rank][in] and left [out][rank]. 1 to 8 rows, all contiguous. Returns as above.
+TT_EXPORT int32_t tt_gather_matmul(const tt_gather_problem* problem, const void* x, const void* columns,
+                                   const float* scale, const void* right, const void* left, void* out, int64_t rows,
+                                   int32_t threads);
 
 // kv_attention. Layouts and meaning of the fields: kv_attention/run.py. Absent tensors are null, absent numbers 0, an
 // absent first_position -1. Dtypes as in tt_grid_weight.

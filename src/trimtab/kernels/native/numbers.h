@@ -16,13 +16,16 @@ inline uint16_t narrow_number(float value, int32_t dtype) {
   return dtype == 1 ? float_to_half(value) : float_to_bfloat16(value);
 }
 
-inline void add_number(void* out, int32_t dtype, int64_t at, float value) {
-  const float sum = load_number(out, dtype, at) + value;
+inline void store_number(void* out, int32_t dtype, int64_t at, float value) {
   if (dtype == 0) {
-    static_cast<float*>(out)[at] = sum;
+    static_cast<float*>(out)[at] = value;
   } else {
-    static_cast<uint16_t*>(out)[at] = narrow_number(sum, dtype);
+    static_cast<uint16_t*>(out)[at] = narrow_number(value, dtype);
   }
+}
+
+inline void add_number(void* out, int32_t dtype, int64_t at, float value) {
+  store_number(out, dtype, at, load_number(out, dtype, at) + value);
 }
 
 }  // namespace

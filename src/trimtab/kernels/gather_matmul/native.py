@@ -1,0 +1,85 @@
+"""The C++ kernels of native/gather_matmul.cpp on CPU tensors, through ctypes, for few rows of x.
+
+One pass over x chooses the columns; those that any row wants are added to the sums of all rows, times the row's input
+or zero. The low-rank term multiplies in the 16-bit format of its factors, as kernels/terms does. All sums are float32.
+Rows of x do not influence each other and neither does the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.library import DTYPES, GatherProblem, check, isa_limit, native_library
+from trimtab.kernels.refusals import refused
+
+MAX_ROWS = 8
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def refuses(
+    x: Tensor,
+    columns: Tensor,
+    threshold: float,
+    scale: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> str | None:
+    """Why these arguments need another way, or None."""
+    if x.shape.numel() > MAX_ROWS * columns.shape[0]:
+        return f"x of shape {list(x.shape)} has more than {MAX_ROWS} rows"
+    if left is not None and left.dtype not in _HALVES:
+        return f"factors are {left.dtype}; this kernel is for bfloat16 and float16"
+    return refused({"x": x, "columns": columns, "scale": scale, "left": left, "right": right}, ("x", "columns"))
+
+
+def gather_matmul_native(
+    x: Tensor,
+    columns: Tensor,
+    threshold: float,
+    scale: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> Tensor:
+    """`gather_matmul` in C++, on the CPU, for input that `refuses` has no objection to."""
+    in_features, out_features = columns.shape
+    out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    if not out.numel():
+        return out
+    if not in_features:
+        return out.zero_()
+    x = x.contiguous()
+    rank, factors = (0, torch.float16) if right is None else (right.shape[0], right.dtype)
+    status = native_library().tt_gather_matmul(
+        _problem(out_features, in_features, rank, threshold, columns.dtype, factors, x.dtype, isa_limit()),
+        x.data_ptr(),
+        columns.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if right is None else right.data_ptr(),
+        None if left is None else left.data_ptr(),
+        out.data_ptr(),
+        x.numel() // in_features,
+        torch.get_num_threads(),
+    )
+    check(status)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    out_features: int,
+    in_features: int,
+    rank: int,
+    threshold: float,
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    x: torch.dtype,
+    isa: int,
+) -> ctypes.Array[GatherProblem]:
+    """The description that a call passes by address, kept because building it costs as much as a small product."""
+    return (GatherProblem * 1)(
+        GatherProblem(out_features, in_features, rank, threshold, DTYPES[dtype], DTYPES[factors], DTYPES[x], isa)
+    )
