@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from trimtab.core.errors import CheckpointError
 from trimtab.core.files import atomic_file
+from trimtab.models.views import LinearView
 
 POLICY_VERSION = 1
 PERFECT_REWARD = 99999.0
@@ -89,6 +90,14 @@ class Policy(nn.Module):
         return policy
 
 
+def first_matrix(linears: Sequence[LinearView]) -> Tensor:
+    """The state, [n, d]: gate of these linears of one MLP, or up where there is no gate."""
+    held = {linear.role: linear for linear in linears}
+    if "gate_up" in held:
+        return held["gate_up"].weight[held["gate_up"].rows["gate"]]
+    return held["gate" if "gate" in held else "up"].weight
+
+
 def logistic_noise(count: int, generator: torch.Generator) -> Tensor:
     """log eps - log(1 - eps) for eps uniform in (0, 1), float32 [count]."""
     return torch.logit(torch.rand(count, generator=generator, dtype=torch.float64).clamp(min=_TINY)).float()
@@ -99,14 +108,16 @@ def log_keep(logits: Tensor, noise: Tensor) -> Tensor:
     return F.logsigmoid(logits + noise)
 
 
-def draw_rows(log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of the rows without replacement, with probabilities proportional to exp(log_weights): int64 [count].
+def perturbed(log_weights: Tensor, generator: torch.Generator) -> Tensor:
+    """float64 like `log_weights`, on the CPU: in descending order, draws without replacement one after the other, with
+    probabilities proportional to exp(log_weights) (exponential arrival times: Efraimidis and Spirakis 2006)."""
+    arrivals = torch.empty(len(log_weights), dtype=torch.float64).exponential_(generator=generator)
+    return log_weights.detach().double().cpu() - arrivals.log()
 
-    In the order in which they are drawn: dividing exponential variates by the weights and sorting draws the same
-    sequences as one draw after the other (Efraimidis and Spirakis 2006).
-    """
-    arrivals = torch.empty(len(log_weights), dtype=torch.float64).exponential_(generator=generator).log()
-    return torch.argsort(arrivals - log_weights.detach().double().cpu(), stable=True)[:count]
+
+def draw_rows(log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The first `count` rows of such draws: int64 [count], in the order in which they are drawn."""
+    return torch.argsort(perturbed(log_weights, generator), descending=True, stable=True)[:count]
 
 
 def log_probability(log_weights: Tensor, order: Tensor) -> Tensor:
