@@ -37,8 +37,8 @@ import torch
 from trimtab.core.errors import ConfigError, TargetError
 from trimtab.tensors.metric import Metric
 from trimtab.weights._pruning.allocation import softmax
-from trimtab.weights._pruning.nystrom import energy_scores, ridge_scores
 from trimtab.weights._pruning.narrow_heads import gram_of, sliced_pairs, sliced_values
+from trimtab.weights._pruning.nystrom import energy_scores, ridge_scores
 from trimtab.weights._pruning.plan import PlanEntry
 from trimtab.weights._pruning.selection import smallest
 from trimtab.weights._pruning.units import neurons
@@ -48,9 +48,9 @@ from trimtab.weights.base import NarrowLinear, SlicedBlock, SliceMethod, WeightM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView, LinearView, ModelView, Role
-    from trimtab.weights._planning import Planning
 
 __all__ = ["MoDeGpt"]
 
@@ -243,9 +243,7 @@ class MoDeGpt(SliceMethod):
         made[down.name] = dataclasses.replace(made[down.name], notes={"relative_error": error})
         return made, PlanEntry.of(units, keep)
 
-    def _widths(
-        self, block: BlockView, linears: Sequence[LinearView], share: float
-    ) -> dict[Part, tuple[int, int]]:
+    def _widths(self, block: BlockView, linears: Sequence[LinearView], share: float) -> dict[Part, tuple[int, int]]:
         """How many neurons, pairs and value directions stay, and of how many, of the parts among `linears`."""
         attention = block.attention
         steps = math.lcm(2, self.round_to) // 2
@@ -299,7 +297,9 @@ class _Prepared(SliceMethod):
 
 def _noted(made: NarrowLinear, linear: LinearView, widths: Mapping[Part, tuple[int, int]]) -> NarrowLinear:
     kept, of = next(widths[part] for part, roles in ROLES.items() if linear.role in roles)
-    return dataclasses.replace(made, notes={"kept_width": kept, "of_width": of, "sparsity": 1 - kept / of, **made.notes})
+    return dataclasses.replace(
+        made, notes={"kept_width": kept, "of_width": of, "sparsity": 1 - kept / of, **made.notes}
+    )
 
 
 def _kept(width: int, share: float, multiple: int) -> int:

@@ -31,9 +31,9 @@ from trimtab.weights._pruning.units import neurons
 from trimtab.weights._slicer import NeuronMethod
 
 if TYPE_CHECKING:
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView
-    from trimtab.weights._planning import Planning
     from trimtab.weights.base import WeightMethod
 
 __all__ = ["Neurons"]
