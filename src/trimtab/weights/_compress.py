@@ -26,7 +26,7 @@ from trimtab.models.saving import describe, save
 from trimtab.models.views import ModelView
 from trimtab.tensors.metric import Metric
 from trimtab.weights._loop import BlockLoop
-from trimtab.weights._pruning.plan import RECORDED
+from trimtab.weights._pruning.plan import RECORDED, Plan
 from trimtab.weights._state import State
 from trimtab.weights._tuning import Tuning
 from trimtab.weights.base import Mode, SliceMethod, WeightMethod
@@ -175,9 +175,10 @@ def _keep_of(earlier: RunRecord, record: RunRecord) -> None:
     again = {entry["linear"] for entry in record.changed}
     record.changed = [entry for entry in earlier.changed if entry["linear"] not in again] + record.changed
     record.changed_dense = list(dict.fromkeys([*earlier.changed_dense, *record.changed_dense]))
+    first, then = (Plan.of_rows(run.metrics.get(RECORDED, ())) for run in (earlier, record))
     record.metrics = {**earlier.metrics, **record.metrics}
-    if both := [*earlier.metrics.get(RECORDED, ()), *record.metrics.get(RECORDED, ())]:
-        record.metrics[RECORDED] = both
+    if first.entries:
+        record.metrics[RECORDED] = first.followed_by(then).rows()
     for name, seconds in earlier.seconds.items():
         record.seconds[name] = record.seconds.get(name, 0.0) + seconds
 
