@@ -19,6 +19,7 @@ from trimtab.models.registration import register_when_transformers_loads
 if TYPE_CHECKING:
     from trimtab import cache as cache
     from trimtab import decoding as decoding
+    from trimtab import layers as layers
     from trimtab import weights as weights
     from trimtab.core.recipe import Recipe as Recipe
     from trimtab.evaluation import evaluate as evaluate
@@ -44,6 +45,7 @@ __getattr__, __dir__ = lazy_exports(
         "Recipe": "core.recipe",
         "cache": "cache",
         "decoding": "decoding",
+        "layers": "layers",
         "weights": "weights",
     },
 )

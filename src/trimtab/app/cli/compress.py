@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,13 +149,12 @@ def run(
     from trimtab.app.comparison import next_tokens
     from trimtab.evaluation import fidelity
     from trimtab.models import info_of, ledger_of
-    from trimtab.weights import compress_to
 
     loaded = tt.load(model, device=device)
     before = ledger_of(loaded)
     calibration = calibration_of(loaded, wanted, text, sequences, length, seed)
     original = next_tokens(loaded, seed) if _is_planned(wanted) else None
-    compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
+    _writer(wanted)(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
     after = ledger_of(loaded)
     record = info_of(loaded).record
     assert record is not None
@@ -173,6 +172,17 @@ def run(
     for reason, count in Counter(entry["reason"] for entry in record.unchanged).items():
         show(f"left alone: {count} x {reason}")
     show(f'\nSaved to {out} in {record.seconds.get("total", 0.0):.1f} s. Try: trimtab generate {out} -p "..."')
+
+
+def _writer(recipe: Recipe) -> Callable[..., object]:
+    """What changes a model by this recipe and saves it: that of the room of its first step."""
+    if recipe.steps and recipe.steps[0].room == "layers":
+        from trimtab.layers import convert_to
+
+        return convert_to
+    from trimtab.weights import compress_to
+
+    return compress_to
 
 
 def _is_planned(recipe: Recipe) -> bool:
