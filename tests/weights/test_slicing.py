@@ -16,9 +16,10 @@ from trimtab.core.errors import BudgetError, CompositionError, ConfigError, Targ
 from trimtab.core.recipe import Recipe
 from trimtab.models import CompressedLinear, info_of, ledger_of
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compression import compress, compress_to
 from trimtab.models.random import ALL_FAMILIES, random_model
 from trimtab.models.views import ModelView
-from trimtab.weights import Gptq, Magnitude, Neurons, Rtn, compress
+from trimtab.weights import Gptq, Magnitude, Neurons, Rtn
 from trimtab.weights import _loop as loop
 from trimtab.weights._pruning.plan import Plan
 from trimtab.weights._pruning.units import neurons
@@ -146,7 +147,7 @@ def test_what_cannot_be_cut_is_refused(options: dict[str, object], error: type[E
 def test_one_recipe_slices_then_quantizes(tmp_path: Path) -> None:
     recipe = Recipe.of(Neurons(sparsity=0.3, round_to=16), Gptq(bits=4, group_size=16))
     model = random_model("llama")
-    tt.weights.compress_to(model, recipe, tmp_path / "out", calibration=TEXT, progress=False)
+    compress_to(model, recipe, tmp_path / "out", calibration=TEXT, progress=False)
     assert {x.in_features for x in ModelView.of(model).linears if x.role == "down"} == {80}
     assert all(isinstance(x.module, CompressedLinear) for x in ModelView.of(model).linears)
     loaded = tt.load(tmp_path / "out")

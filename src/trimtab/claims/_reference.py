@@ -16,9 +16,9 @@ from trimtab.evaluation import Divergence, NextTokens, divergence, inject_outlie
 from trimtab.evaluation.outliers import Kind
 from trimtab.models import load, tokenizer_of
 from trimtab.models.calibration import CalibrationSet
+from trimtab.models.compression import compress
 from trimtab.models.counting import ledger_of
 from trimtab.models.info import info_of
-from trimtab.weights import compress
 from trimtab.weights.base import WeightMethod
 
 SEQUENCES, LENGTH = 32, 256

@@ -79,7 +79,7 @@ def hqq(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
 def _ours(name: str, **options: Any) -> Quantize:
     def run(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
         from trimtab.core.recipe import Recipe
-        from trimtab.weights import compress
+        from trimtab.models.compression import compress
 
         recipe = Recipe.from_dict({"steps": [{"method": name, "bits": bits, **options}]}, source=name)
         compress(model, recipe, calibration=text, progress=False)

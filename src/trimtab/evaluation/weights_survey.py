@@ -107,7 +107,7 @@ def _tasks(subject: PreTrainedModel) -> dict[str, Any]:
 def _run(
     model: str, recipe: Recipe, second_text: Path | None, condition: str, seed: int
 ) -> tuple[dict[str, Any], PreTrainedModel]:
-    from trimtab.weights import compress
+    from trimtab.models.compression import compress
 
     subject: PreTrainedModel = load(model, dtype=torch.float32)
     if condition == "outliers":
