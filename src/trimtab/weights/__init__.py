@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.weights.magnitude import Magnitude as Magnitude
     from trimtab.weights.mergequant import Mergequant as Mergequant
     from trimtab.weights.mixed import Mixed as Mixed
+    from trimtab.weights.modegpt import MoDeGpt as MoDeGpt
     from trimtab.weights.nf import Nf as Nf
     from trimtab.weights.pv_tuning import PvTuning as PvTuning
     from trimtab.weights.qbb import Qbb as Qbb
