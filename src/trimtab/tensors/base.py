@@ -23,7 +23,7 @@ from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
 
-_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "two_of_four")
+_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "two_of_four", "sparse_inputs")
 PART_KINDS: dict[str, type[Part]] = {}
 """kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 
@@ -125,6 +125,11 @@ class Part(ABC):
     def nbytes(self) -> int:
         """Bytes of all buffers, padding included."""
         return sum(t.numel() * t.element_size() for t in self.state().values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one decoded token reads, on average; all of them, unless which ones depends on the token."""
+        return self.nbytes
 
 
 def part_class(spec: Mapping[str, Any]) -> type[Part]:

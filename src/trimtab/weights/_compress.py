@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trimtab.core import progress as bars
-from trimtab.core.errors import CompositionError, ConfigError, NumericsError, TargetError
+from trimtab.core.errors import CompositionError, ConfigError
 from trimtab.core.files import refuse_occupied
 from trimtab.core.recipe import Recipe
 from trimtab.core.run_record import RunRecord, versions
-from trimtab.models.calibration import CalibrationSet
+from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.conversion import Calibration, calibration_set, check_weight, described, unchanged
 from trimtab.models.counting import ledger_of
 from trimtab.models.fast_decoding import fast_decoding
-from trimtab.models.info import info_of, tokenizer_of
+from trimtab.models.info import info_of
 from trimtab.models.narrow import settle_widths
+from trimtab.models.planning import Planning
+from trimtab.models.run_state import model_sha256
 from trimtab.models.saving import describe, save
-from trimtab.models.views import LinearView, ModelView
+from trimtab.models.views import ModelView
 from trimtab.tensors.metric import Metric
 from trimtab.weights._loop import BlockLoop
-from trimtab.weights._planning import Planning
-from trimtab.weights._pruning.plan import RECORDED
-from trimtab.weights._state import State, model_sha256
+from trimtab.weights._pruning.plan import RECORDED, Plan
+from trimtab.weights._state import State
 from trimtab.weights._tuning import Tuning
 from trimtab.weights.base import Mode, SliceMethod, WeightMethod
-
-Calibration = CalibrationSet | str | Path
 
 
 def compress(
@@ -116,7 +111,7 @@ def _compress(
     for recipe, _ in steps:
         if info.recipe:
             info.recipe.then(recipe)  # refuses what cannot follow, before anything changes
-    chosen = _calibration_set(model, calibration, seed) if any(built.needs_text for _, built in steps) else None
+    chosen = calibration_set(model, calibration, seed) if any(built.needs_text for _, built in steps) else None
     for number, (recipe, built) in enumerate(steps):
         text = chosen if built.needs_text else None
         step_dir = Path(state_dir) / f"step-{number}" if state_dir is not None and len(steps) > 1 else state_dir
@@ -140,7 +135,7 @@ def _step(
     earlier = info.record
     recipe = info.recipe.then(recipe) if info.recipe else recipe
     targets = _check_targets(ModelView.of(model), built)
-    config = {"recipe": recipe.to_dict(), "mode": mode, "calibration": _describe(chosen)}
+    config = {"recipe": recipe.to_dict(), "mode": mode, "calibration": described(chosen)}
     record = RunRecord(command="compress", config=config, seed=seed)
     with record.timed("total"):
         state = None
@@ -167,7 +162,7 @@ def _step(
         settle_widths(model)
     if earlier is not None:
         _keep_of(earlier, record)
-    record.unchanged = list(_unchanged(model, record))
+    record.unchanged = list(unchanged(model, record))
     record.ledger = ledger_of(model).to_dict()
     info.recipe, info.record = recipe, record
     describe(model)
@@ -180,9 +175,10 @@ def _keep_of(earlier: RunRecord, record: RunRecord) -> None:
     again = {entry["linear"] for entry in record.changed}
     record.changed = [entry for entry in earlier.changed if entry["linear"] not in again] + record.changed
     record.changed_dense = list(dict.fromkeys([*earlier.changed_dense, *record.changed_dense]))
+    first, then = (Plan.of_rows(run.metrics.get(RECORDED, ())) for run in (earlier, record))
     record.metrics = {**earlier.metrics, **record.metrics}
-    if both := [*earlier.metrics.get(RECORDED, ()), *record.metrics.get(RECORDED, ())]:
-        record.metrics[RECORDED] = both
+    if first.entries:
+        record.metrics[RECORDED] = first.followed_by(then).rows()
     for name, seconds in earlier.seconds.items():
         record.seconds[name] = record.seconds.get(name, 0.0) + seconds
 
@@ -212,30 +208,8 @@ def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
     method.check_targets(targets)
     method.check_model(view.model, targets)
     for linear in targets:
-        _check_weight(linear)
+        check_weight(linear)
     return frozenset(linear.name for linear in targets)
-
-
-def _check_weight(linear: LinearView) -> None:
-    weight = linear.weight
-    if not weight.is_floating_point() or weight.device.type == "meta":
-        raise TargetError(
-            f"{linear.name} holds {weight.dtype} on {weight.device}; load the model with its full weights."
-        )
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        row, column = (int(i) for i in (~finite).nonzero()[0])
-        raise NumericsError(
-            f"the weight of {linear.name} holds {int(weight.isnan().sum())} NaN and {int(weight.isinf().sum())} "
-            f"infinite values, the first at row {row}, column {column}. The model is damaged: get it again."
-        )
-
-
-def _calibration_set(model: PreTrainedModel, calibration: Calibration | None, seed: int) -> CalibrationSet:
-    if isinstance(calibration, CalibrationSet):
-        return calibration
-    context = getattr(model.config, "max_position_embeddings", None)
-    return CalibrationSet.from_text(calibration, tokenizer_of(model), context=context, seed=seed)
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -256,31 +230,3 @@ def _measure_again(model: PreTrainedModel, teacher: PreTrainedModel, record: Run
             tuned = model.get_submodule(entry["linear"])
             assert isinstance(tuned, CompressedLinear)
             entry["relative_weight_error"] = identity.relative_error(original[entry["linear"]], tuned.dequantize())
-
-
-def _describe(calibration: CalibrationSet | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    sequences, length = calibration.tokens.shape
-    return {
-        "source": calibration.source,
-        "sha256": calibration.sha256,
-        "sequences": sequences,
-        "length": length,
-        "tokens": calibration.count,
-    }
-
-
-def _unchanged(model: PreTrainedModel, record: RunRecord) -> Iterator[dict[str, str]]:
-    """Layers with a weight matrix that were left alone, and why."""
-    narrow = {entry["linear"] for entry in record.changed}
-    view = ModelView.of(model)
-    blocks = {linear.name for linear in view.linears}
-    for name, module in model.named_modules():
-        if module is view.lm_head:
-            yield {"module": name, "reason": "the output head is never compressed"}
-        elif isinstance(module, nn.Embedding):
-            yield {"module": name, "reason": "embeddings are never compressed"}
-        elif isinstance(module, (nn.Linear, Conv1D)) and name not in narrow:
-            inside = "no pattern in `targets` matches it"
-            yield {"module": name, "reason": inside if name in blocks else "it is not a linear of a block"}

@@ -21,9 +21,9 @@ from trimtab.weights.base import NarrowLinear, SlicedBlock, SliceMethod, WeightM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView, LinearView, ModelView
-    from trimtab.weights._planning import Planning
 
 NEURON_ROLES = ("gate", "up", "gate_up", "down")
 Counted = Literal["units", "parameters", "macs"]

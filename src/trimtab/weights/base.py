@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from trimtab.core.recipe import Step
     from trimtab.models.calibration_set import CalibrationSet
     from trimtab.models.narrow import HeadGeometry
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView, LinearView, ModelView
     from trimtab.tensors.compressed import CompressedTensor
     from trimtab.weights._block_run import BlockRun
-    from trimtab.weights._planning import Planning
     from trimtab.weights._pruning.plan import PlanEntry
     from trimtab.weights._tuning import Tuning
 

@@ -48,9 +48,9 @@ from trimtab.weights.base import NarrowLinear, SlicedBlock, SliceMethod, WeightM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView, LinearView, ModelView, Role
-    from trimtab.weights._planning import Planning
 
 __all__ = ["MoDeGpt"]
 
