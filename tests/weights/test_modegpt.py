@@ -357,14 +357,3 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(calibration: Calibrati
     again = run()
     assert record(again).metrics["resumed_blocks"] == 1
     assert all(torch.equal(whole[name], value) for name, value in again.state_dict().items())
-
-
-@pytest.mark.slow
-def test_on_the_reference_model_repair_and_scores_earn_their_place() -> None:
-    """KL on held-out prose: MoDeGPT below the same slices without repair, these below random slices of these sizes."""
-    from trimtab.claims.modegpt import random_slices
-
-    from trimtab.claims._reference import measured
-
-    made, bare = (measured(MoDeGpt(repair=repair)).kl for repair in ("least_squares", "none"))
-    assert made < bare < random_slices(MoDeGpt(), 0)
