@@ -124,8 +124,8 @@ CLAIMS = (
         "modegpt",
         _PAPER,
         "At equal parameters it beats the same slices without compensation, and these beat random slices.",
-        f"ref with 30 % of every width removed, {SETTING}. {_RULE.format('the model without compensation')}, and so does "
-        "that of the latter to random neurons, pairs and directions of the same number.",
+        f"ref with 30 % of every width removed, {SETTING}. {_RULE.format('the model without compensation')}, and so "
+        "does that of the latter to random neurons, pairs and directions of the same number.",
         beats_random_slices,
     ),
     Claim(
@@ -146,16 +146,16 @@ CLAIMS = (
     ),
     Claim(
         "modegpt",
-        "beyond the paper",
-        "Scoring neurons by what they add to the output beats their ridge leverage.",
+        _PAPER,
+        "Scoring neurons by what they add to the output beats their ridge leverage (beyond the paper).",
         f"ref with 30 % of the neurons of every MLP removed and both repaired, {SETTING}. "
         f"{_RULE.format('ridge leverage')}.",
         output_energy_beats_leverage,
     ),
     Claim(
         "modegpt",
-        "beyond the paper",
-        "With grouped queries, value directions chosen by what reaches the output beat those chosen by energy.",
+        _PAPER,
+        "With grouped queries, value directions chosen by what reaches the output beat the paper's, chosen by energy.",
         f"ref with 30 % of the value directions of every head removed, {SETTING}. "
         f"{_RULE.format('the paper, which leaves out the second SVD')}.",
         joint_values_beat_separate,
