@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trimtab.weights.magnitude import Magnitude as Magnitude
     from trimtab.weights.mergequant import Mergequant as Mergequant
     from trimtab.weights.mixed import Mixed as Mixed
+    from trimtab.weights.modegpt import MoDeGpt as MoDeGpt
     from trimtab.weights.neurons import Neurons as Neurons
     from trimtab.weights.nf import Nf as Nf
     from trimtab.weights.prunenet import PruneNet as PruneNet

@@ -119,10 +119,11 @@ class BlockLoop:
     ) -> None:
         linears = self._targeted(block.linears)
         stats = self._gather(stream, block, linears, advance=self.mode == "dense" and through is not None)
-        with self.record.timed("solve"):
-            done = method.slice_block(block, linears, stats)
-        self._install_all(block, done, advance)
-        self._save(block, done)
+        if linears:
+            with self.record.timed("solve"):
+                done = method.slice_block(block, linears, stats)
+            self._install_all(block, done, advance)
+            self._save(block, done)
         if self.mode == "sequential":
             self._advance(through, block)
 

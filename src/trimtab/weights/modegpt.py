@@ -143,8 +143,8 @@ class MoDeGpt(SliceMethod):
                 own = {linear.name for linear in block.linears if linear.role in ROLES[part]}
                 if own & names and own - names:
                     raise TargetError(
-                        f"{block.name}: the widths of '{part}' run through {', '.join(sorted(own))}, and targets leaves "
-                        f"out {', '.join(sorted(own - names))}. Name all of them, or choose parts."
+                        f"{block.name}: the widths of '{part}' run through {', '.join(sorted(own))}, and targets "
+                        f"leaves out {', '.join(sorted(own - names))}. Name all of them, or choose parts."
                     )
                 found |= own & names
         if not found:
@@ -291,6 +291,8 @@ class _Prepared(SliceMethod):
         return needs
 
     def slice_block(self, block: BlockView, linears: Sequence[LinearView], stats: Mapping[str, Stats]) -> SlicedBlock:
+        if not linears:  # a block that targets leave out has no share
+            return SlicedBlock({})
         sliced: SlicedBlock = self.method.sliced(block, linears, stats, self.shares[block.index])
         return sliced
 
