@@ -36,7 +36,7 @@ def convert(
     method: LayerMethod | Recipe,
     *,
     calibration: Calibration | None = None,
-    mode: Mode = "sequential",
+    mode: Mode | None = None,
     seed: int = 0,
     state_dir: str | Path | None = None,
     progress: bool = True,
@@ -46,7 +46,7 @@ def convert(
     calibration    what statistics are gathered on: a CalibrationSet, or a text file (or text) to make one from; None:
                    128 sequences of the prose that comes with trimtab. Not read if the method needs no text
     mode           "sequential": statistics of inputs that the converted layers in front of each layer produce (five
-                   runs of a block, four of them cut short); "dense": of the original model (one run)
+                   runs of a block, four of them cut short); "dense": of the original model (one run). None: sequential
     seed           of the choice of calibration sequences, of sampled statistics and of a method's search
     state_dir      where a search keeps what it has found; the same call with the same directory after a kill computes
                    only what is missing, and its result is the same to the bit
@@ -70,7 +70,7 @@ def convert_to(
     *,
     force: bool = False,
     calibration: Calibration | None = None,
-    mode: Mode = "sequential",
+    mode: Mode | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PreTrainedModel:
@@ -93,14 +93,15 @@ def _convert(
     model: PreTrainedModel,
     method: LayerMethod | Recipe,
     calibration: Calibration | None,
-    mode: Mode,
+    mode: Mode | None,
     seed: int,
     state_dir: str | Path | None,
     progress: bool,
     discard_state: bool = False,
 ) -> PreTrainedModel:
-    if mode not in ("dense", "sequential"):
+    if mode not in (None, "sequential", "dense"):
         raise ConfigError(f"unknown calibration mode {mode!r}. Known: dense, sequential.")
+    mode = mode or "sequential"
     recipe, built = _resolve(method)
     info = info_of(model)
     recipe = info.recipe.then(recipe) if info.recipe else recipe
@@ -122,12 +123,24 @@ def _convert(
         with bars.progress(f"converting with {built.name()}", len(targets), shown=progress) as advance:
             _replace_all(model, prepared, targets, chosen, mode, seed, record, advance)
     record.metrics["state"] = built.state
-    record.unchanged = list(unchanged(model))
+    if info.record is not None:
+        _keep_of(info.record, record)
+    record.unchanged = list(unchanged(model, record))
     record.ledger = ledger_of(model).to_dict()
     info.recipe, info.record = recipe, record
     describe(model)
     fast_decoding(model)
     return model
+
+
+def _keep_of(earlier: RunRecord, record: RunRecord) -> None:
+    """Enter into the record what steps before this one did: layers that it left alone, what they measured, seconds."""
+    again = {entry["linear"] for entry in record.changed}
+    record.changed = [entry for entry in earlier.changed if entry["linear"] not in again] + record.changed
+    record.changed_dense = list(earlier.changed_dense)
+    record.metrics = {**earlier.metrics, **record.metrics}
+    for name, seconds in earlier.seconds.items():
+        record.seconds[name] = record.seconds.get(name, 0.0) + seconds
 
 
 def _resolve(method: LayerMethod | Recipe) -> tuple[Recipe, LayerMethod]:

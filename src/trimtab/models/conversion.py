@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.core.errors import NumericsError, TargetError
+from trimtab.core.run_record import RunRecord
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.info import tokenizer_of
 from trimtab.models.views import LinearView, ModelView
@@ -57,8 +58,9 @@ def described(calibration: CalibrationSet | None) -> dict[str, Any] | None:
     }
 
 
-def unchanged(model: PreTrainedModel) -> Iterator[dict[str, str]]:
-    """Layers with a weight matrix that were left alone, and why."""
+def unchanged(model: PreTrainedModel, record: RunRecord) -> Iterator[dict[str, str]]:
+    """Layers with a weight matrix that were left alone, and why; `record` has those that were changed."""
+    changed = {entry["linear"] for entry in record.changed}
     view = ModelView.of(model)
     blocks = {linear.name for linear in view.linears}
     for name, module in model.named_modules():
@@ -66,6 +68,6 @@ def unchanged(model: PreTrainedModel) -> Iterator[dict[str, str]]:
             yield {"module": name, "reason": "the output head is never compressed"}
         elif isinstance(module, nn.Embedding):
             yield {"module": name, "reason": "embeddings are never compressed"}
-        elif isinstance(module, (nn.Linear, Conv1D)):
+        elif isinstance(module, (nn.Linear, Conv1D)) and name not in changed:
             inside = "no pattern in `targets` matches it"
             yield {"module": name, "reason": inside if name in blocks else "it is not a linear of a block"}

@@ -33,7 +33,9 @@ def ledger_of(model: PreTrainedModel) -> Ledger:
         bytes_at_rest=at_rest,
         resident_bytes=at_rest + _nbytes(working),
         bytes_read_per_token=at_rest + _nbytes(working) - _unread_embedding_bytes(view) - _unread_bytes(compressed),
-        kv_bytes_per_token=sum(2 * b.attention.num_kv_heads * b.attention.head_dim for b in view.blocks)
+        kv_bytes_per_token=sum(
+            b.attention.num_kv_heads * (b.attention.head_dim + b.attention.value_dim) for b in view.blocks
+        )
         * model.dtype.itemsize,
         macs_per_token=sum(map(_macs, view.linears)) + _weight(view.lm_head).numel(),
         baseline_bytes=info_of(model).baseline_bytes,

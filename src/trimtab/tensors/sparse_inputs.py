@@ -246,7 +246,8 @@ class SparseInputs(Part):
 
 def column_norms(weight: Tensor) -> Tensor:
     """Euclidean norm of each column of a weight [out, in], float32 [in]."""
-    return weight.float().norm(dim=0)
+    norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=0)
+    return norms
 
 
 def _name(tensor: Tensor) -> str:

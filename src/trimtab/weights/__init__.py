@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from trimtab.weights.magnitude import Magnitude as Magnitude
     from trimtab.weights.mergequant import Mergequant as Mergequant
     from trimtab.weights.mixed import Mixed as Mixed
+    from trimtab.weights.neurons import Neurons as Neurons
     from trimtab.weights.nf import Nf as Nf
+    from trimtab.weights.prunenet import PruneNet as PruneNet
     from trimtab.weights.pv_tuning import PvTuning as PvTuning
     from trimtab.weights.qbb import Qbb as Qbb
     from trimtab.weights.qllm import Qllm as Qllm

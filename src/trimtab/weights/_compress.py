@@ -13,20 +13,23 @@ from trimtab.core.errors import CompositionError, ConfigError
 from trimtab.core.files import refuse_occupied
 from trimtab.core.recipe import Recipe
 from trimtab.core.run_record import RunRecord, versions
+from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.conversion import Calibration, calibration_set, check_weight, described, unchanged
 from trimtab.models.counting import ledger_of
 from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.info import info_of
+from trimtab.models.narrow import settle_widths
 from trimtab.models.planning import Planning
 from trimtab.models.run_state import model_sha256
 from trimtab.models.saving import describe, save
 from trimtab.models.views import ModelView
 from trimtab.tensors.metric import Metric
-from trimtab.weights._loop import BlockLoop, Mode
+from trimtab.weights._loop import BlockLoop
+from trimtab.weights._pruning.plan import RECORDED, Plan
 from trimtab.weights._state import State
 from trimtab.weights._tuning import Tuning
-from trimtab.weights.base import WeightMethod
+from trimtab.weights.base import Mode, SliceMethod, WeightMethod
 
 
 def compress(
@@ -34,17 +37,20 @@ def compress(
     method: WeightMethod | Recipe,
     *,
     calibration: Calibration | None = None,
-    mode: Mode = "sequential",
+    mode: Mode | None = None,
     seed: int = 0,
     state_dir: str | Path | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Replace the linear layers that `method` targets by compressed ones, in place, and return the same model.
 
+    A recipe may have several steps: methods that slice, then one that compresses what they left.
+
     calibration    what statistics are gathered on: a CalibrationSet, or a text file (or text) to make one from; None:
                    128 sequences of the prose that comes with trimtab. Not read if the method needs no text
     mode           "sequential": each layer sees inputs that the compressed layers before it produce (five runs of a
-                   block, four of them cut short); "dense": inputs of the original model (one run)
+                   block, four of them cut short); "dense": inputs of the original model (one run). None: the method's
+                   own, "dense" for those that slice and "sequential" for the others
     seed           of the choice of calibration sequences and of sampled statistics
     state_dir      where finished blocks are kept; the same call with the same directory after a kill computes only what
                    is missing, and its result is the same to the bit
@@ -69,7 +75,7 @@ def compress_to(
     *,
     force: bool = False,
     calibration: Calibration | None = None,
-    mode: Mode = "sequential",
+    mode: Mode | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PreTrainedModel:
@@ -92,19 +98,43 @@ def _compress(
     model: PreTrainedModel,
     method: WeightMethod | Recipe,
     calibration: Calibration | None,
-    mode: Mode,
+    mode: Mode | None,
     seed: int,
     state_dir: str | Path | None,
     progress: bool,
     discard_state: bool = False,
 ) -> PreTrainedModel:
-    if mode not in ("sequential", "dense"):
+    if mode not in (None, "sequential", "dense"):
         raise ConfigError(f"unknown calibration mode {mode!r}. Known: dense, sequential.")
-    recipe, built = _resolve(method)
     info = info_of(model)
+    steps = _steps(method)
+    for recipe, _ in steps:
+        if info.recipe:
+            info.recipe.then(recipe)  # refuses what cannot follow, before anything changes
+    chosen = calibration_set(model, calibration, seed) if any(built.needs_text for _, built in steps) else None
+    for number, (recipe, built) in enumerate(steps):
+        text = chosen if built.needs_text else None
+        step_dir = Path(state_dir) / f"step-{number}" if state_dir is not None and len(steps) > 1 else state_dir
+        _step(model, recipe, built, text, mode or built.own_mode, seed, step_dir, progress, discard_state)
+    return model
+
+
+def _step(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    built: WeightMethod,
+    chosen: CalibrationSet | None,
+    mode: Mode,
+    seed: int,
+    state_dir: str | Path | None,
+    progress: bool,
+    discard_state: bool,
+) -> None:
+    """Apply one method to the model as earlier steps left it."""
+    info = info_of(model)
+    earlier = info.record
     recipe = info.recipe.then(recipe) if info.recipe else recipe
     targets = _check_targets(ModelView.of(model), built)
-    chosen = calibration_set(model, calibration, seed) if built.needs_text else None
     config = {"recipe": recipe.to_dict(), "mode": mode, "calibration": described(chosen)}
     record = RunRecord(command="compress", config=config, seed=seed)
     with record.timed("total"):
@@ -128,24 +158,42 @@ def _compress(
             with record.timed("tune"):
                 record.metrics["tuning"] = prepared.tune(Tuning(model, teacher, chosen, seed, record, progress))
             _measure_again(model, teacher, record)
-    record.unchanged = list(unchanged(model))
+    if isinstance(built, SliceMethod):
+        settle_widths(model)
+    if earlier is not None:
+        _keep_of(earlier, record)
+    record.unchanged = list(unchanged(model, record))
     record.ledger = ledger_of(model).to_dict()
     info.recipe, info.record = recipe, record
     describe(model)
     fast_decoding(model)
-    return model
 
 
-def _resolve(method: WeightMethod | Recipe) -> tuple[Recipe, WeightMethod]:
-    """The recipe, and its one step for this room."""
+def _keep_of(earlier: RunRecord, record: RunRecord) -> None:
+    """Enter into the record of a later step what the steps before it did: layers that it left alone, kept units,
+    seconds."""
+    again = {entry["linear"] for entry in record.changed}
+    record.changed = [entry for entry in earlier.changed if entry["linear"] not in again] + record.changed
+    record.changed_dense = list(dict.fromkeys([*earlier.changed_dense, *record.changed_dense]))
+    first, then = (Plan.of_rows(run.metrics.get(RECORDED, ())) for run in (earlier, record))
+    record.metrics = {**earlier.metrics, **record.metrics}
+    if first.entries:
+        record.metrics[RECORDED] = first.followed_by(then).rows()
+    for name, seconds in earlier.seconds.items():
+        record.seconds[name] = record.seconds.get(name, 0.0) + seconds
+
+
+def _steps(method: WeightMethod | Recipe) -> list[tuple[Recipe, WeightMethod]]:
+    """The steps, each as a recipe of its own and built. Raises ConfigError for steps of other rooms, or none."""
     recipe = method if isinstance(method, Recipe) else Recipe.of(method)
-    built = recipe.methods()
-    if len(built) != 1 or not isinstance(built[0], WeightMethod):
-        steps = [f"'{type(step).name()}' ({step.room})" for step in built]
-        raise ConfigError(
-            f"compress takes a recipe with one step of the weights room, not {', '.join(steps) or 'none'}."
-        )
-    return recipe, built[0]
+    steps = []
+    for step, built in zip(recipe.steps, recipe.methods(), strict=True):
+        if not isinstance(built, WeightMethod):
+            raise ConfigError(f"compress takes steps of the weights room, not '{step.method}' ({step.room}).")
+        steps.append((Recipe((step,)), built))
+    if not steps:
+        raise ConfigError("compress takes at least one step of the weights room; this recipe has none.")
+    return steps
 
 
 def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
@@ -156,7 +204,7 @@ def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
                 f"{linear.name} is already compressed. Start from the uncompressed model; methods of the weights room "
                 "do not follow one another."
             )
-    targets = view.select(method.targets)
+    targets = method.targeted(view)
     method.check_targets(targets)
     method.check_model(view.model, targets)
     for linear in targets:
