@@ -144,9 +144,13 @@ def test_bfloat16_weights(name: str, options: dict[str, Any], calibration: Calib
     tt.compress(model, build(name, options), calibration=calibration, progress=False)
     assert logits(model).dtype == torch.bfloat16
     assert bool(torch.isfinite(logits(model)).all())
-    moved = copy.deepcopy(model).to(torch.float32)
-    # inputs near a threshold fall on the other side of it when they are rounded
-    assert float((logits(moved) - logits(model).float()).norm() / logits(moved).norm()) < 0.2
+    moved = copy.deepcopy(model).to(torch.float32)  # moves no stored number, and takes other inputs
+    for place, layer in model.named_modules():
+        if isinstance(layer, CompressedLinear):
+            x = torch.randn(12, layer.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+            with torch.no_grad():
+                wide = moved.get_submodule(place)(x.float())
+                assert float((layer(x).float() - wide).norm() / wide.norm()) < 0.02
 
 
 @first_of_each
@@ -212,7 +216,7 @@ def test_bad_input_is_refused_before_anything_changes(
     refused(ConfigError, "Known: dense, sequential", mode="sparse")
     long = CalibrationSet.from_tokens(torch.full((1, 500), 5))
     refused(DataError, "longer than the model's context", calibration=long)
-    with pytest.raises(ConfigError, match=f"one step of the weights room, not '{name}'"):
+    with pytest.raises(ConfigError, match=f"steps of the weights room, not .{name}."):
         tt.compress(model, build(name, options), calibration=calibration, progress=False)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = torch.inf

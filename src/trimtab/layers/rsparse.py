@@ -19,8 +19,8 @@ over the loss on calibration sequences: see `_rsparse_search.py`.
 Departures. The paper reads prompts densely and its code keeps the first 90 % of the tokens it evaluates dense; here
 every token is sparse unless `prefill` says otherwise, and evaluations are sparse always. The criterion is the weighted
 one at alpha = 1 too, where their code compares |x_j|. Thresholds come from a uniform sample of 512 calibration tokens,
-of inputs that the sparse layers in front produce; mode "dense" takes those of the original model, as the paper does. The rank uses the real widths of k and v, which their code takes for square. The search is our
-reconstruction.
+of inputs that the sparse layers in front produce; mode "dense" takes those of the original model, as the paper does.
+The rank uses the real widths of k and v, which their code takes for square. The search is our reconstruction.
 
 It takes more memory than the model did, by the factors: what falls is what a decoded token reads. Batches of more than
 8 tokens gain nothing, because the columns that any of them wants are soon all.

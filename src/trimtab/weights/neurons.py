@@ -64,7 +64,8 @@ class Neurons(NeuronMethod):
     def neuron_scores(self, block: BlockView, stats: Mapping[str, Stats]) -> Tensor:
         linears = block.mlp.linears
         if self.score == "row_norm":
-            return torch.linalg.vector_norm(first_matrix(linears).float(), dim=1).cpu()
+            norms: Tensor = torch.linalg.vector_norm(first_matrix(linears).float(), dim=1)
+            return norms.cpu()
         if self.score == "wanda":
             entries = {x.name: x.weight.float().abs() * _second_moment(stats, x.site).sqrt() for x in linears}
             return neurons(block).reduce({name: scores.cpu() for name, scores in entries.items()})
