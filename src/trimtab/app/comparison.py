@@ -170,7 +170,7 @@ def _config(setting: Setting, variant: Variant) -> dict[str, Any]:
 
 def _compress(model: PreTrainedModel, setting: Setting, recipe: Recipe) -> None:
     from trimtab.app.cli.compress import calibration_of
-    from trimtab.weights import compress
+    from trimtab.models.compression import compress
 
     calibration = calibration_of(model, recipe, setting.text, setting.sequences, setting.length, setting.seed)
     compress(model, recipe, calibration=calibration, mode=setting.mode, seed=setting.seed)

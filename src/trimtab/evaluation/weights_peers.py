@@ -81,7 +81,7 @@ def ours(name: str, amount: str = "bits", **options: Any) -> Callable[[PreTraine
 
     def run(model: PreTrainedModel, text: CalibrationSet, value: Any) -> float:
         from trimtab.core.recipe import Recipe
-        from trimtab.weights import compress
+        from trimtab.models.compression import compress
 
         recipe = Recipe.from_dict({"steps": [{"method": name, amount: value, **options}]}, source=name)
         compress(model, recipe, calibration=text, progress=False)

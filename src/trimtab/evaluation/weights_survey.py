@@ -29,6 +29,7 @@ from trimtab.evaluation.kl import NextTokens, divergence
 from trimtab.evaluation.outliers import inject_outliers
 from trimtab.models import ledger_of, load, tokenizer_of
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compression import compress
 
 Runs = Sequence[tuple[str, int]]
 """(condition, seed) of each time that a method is run."""
@@ -121,7 +122,7 @@ def _run(
         inject_outliers(subject, kind="activations", seed=seed)
     text = CalibrationSet.from_text(None, tokenizer_of(subject), sequences=SEQUENCES, length=LENGTH, seed=seed)
     started = time.perf_counter()
-    _apply(subject, recipe, text, seed)
+    compress(subject, recipe, calibration=text, seed=seed, progress=False)
     seconds = time.perf_counter() - started
     texts = {"prose": None} | ({} if second_text is None else {"second_text": second_text})
     figures = {}
@@ -140,15 +141,3 @@ def _run(
         "texts": figures,
     }
     return figures_of_run, subject
-
-
-def _apply(subject: PreTrainedModel, recipe: Recipe, text: CalibrationSet, seed: int) -> None:
-    """As the room of the recipe's step does it."""
-    if recipe.steps[0].room == "layers":
-        from trimtab.layers import convert
-
-        convert(subject, recipe, calibration=text, seed=seed, progress=False)
-    else:
-        from trimtab.weights import compress
-
-        compress(subject, recipe, calibration=text, seed=seed, progress=False)

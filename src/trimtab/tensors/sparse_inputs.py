@@ -19,7 +19,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -79,11 +79,15 @@ class SparseInputs(Part):
         rank: int = 0,
         weighted: bool = True,
         prefill: Prefill = "sparse",
+        factor_dtype: torch.dtype | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> SparseInputs:
-        """Of a weight [out, in], in its dtype. `factors`: its left and right ones, if they are known already."""
+        """Of a weight [out, in], in its dtype; factors are stored in it too, unless `factor_dtype` names another.
+
+        factors    left and right of this rank, if they are known already
+        """
         if factors is None and rank:
-            made = svd(weight.float(), rank, dtype=weight.dtype)
+            made = svd(weight.float(), rank, dtype=factor_dtype or weight.dtype)
             factors = made.left, made.right
         left, right = factors if factors is not None and rank else (None, None)
         return cls(
@@ -168,11 +172,15 @@ class SparseInputs(Part):
     def with_continuous(self, continuous: Mapping[str, Tensor]) -> SparseInputs:
         """With other columns, their norms and their factors."""
         weight = stored_like(self, continuous)["columns"].t()
-        made = self.of(weight, self.limit, self.kept, rank=self.rank, weighted=self.scale is not None)
-        if made.left is not None and made.right is not None and self.left is not None:
-            dtype = self.left.dtype
-            made = replace(made, left=made.left.to(dtype), right=made.right.to(dtype))
-        return replace(made, threshold=self.threshold, prefill=self.prefill)
+        return self.of(
+            weight,
+            self.limit,
+            self.kept,
+            rank=self.rank,
+            weighted=self.scale is not None,
+            prefill=self.prefill,
+            factor_dtype=None if self.left is None else self.left.dtype,
+        )
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from trimtab.core.run_record import RunRecord
 from trimtab.models.calibration import BlockStream, CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.model_method import Mode
 from trimtab.models.narrow import narrow_heads, narrow_linear
 from trimtab.models.statistics import Stats
 from trimtab.models.views import BlockView, LinearView, ModelView
@@ -24,7 +25,6 @@ from trimtab.weights.base import (
     Compressed,
     CompressedBlock,
     LinearMethod,
-    Mode,
     SlicedBlock,
     SliceMethod,
     WeightMethod,

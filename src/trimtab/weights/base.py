@@ -6,7 +6,7 @@
                     output of the whole attention or MLP
     SliceMethod     makes the linears of one block smaller: it removes neurons, or dimensions of heads
 
-A method never moves data, hooks modules or reads files: `trimtab.weights.compress` does, for all methods alike.
+A method never moves data, hooks modules or reads files: `trimtab.compress` does, for all methods alike.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from trimtab.core.method import Method
 from trimtab.core.registry import method_class
+from trimtab.models.model_method import Mode, ModelMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
     from trimtab.core.recipe import Step
     from trimtab.models.calibration_set import CalibrationSet
+    from trimtab.models.compression import Run
     from trimtab.models.narrow import HeadGeometry
     from trimtab.models.planning import Planning
-    from trimtab.models.statistics import Need, Stats
-    from trimtab.models.views import BlockView, LinearView, ModelView
+    from trimtab.models.statistics import Stats
+    from trimtab.models.views import BlockView, LinearView
     from trimtab.tensors.compressed import CompressedTensor
     from trimtab.weights._block_run import BlockRun
     from trimtab.weights._pruning.plan import PlanEntry
     from trimtab.weights._tuning import Tuning
 
-Mode = Literal["sequential", "dense"]
 Notes = dict[str, float | str]
 """What a method reports of one linear, for the run record."""
 
@@ -84,33 +84,12 @@ class SlicedBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightMethod(Method):
+class WeightMethod(ModelMethod):
     """Makes linears smaller. A *representation* method replaces each targeted weight by a compressed tensor; a
     *structural* one (SliceMethod) replaces it by a smaller one.
-
-    targets    shell patterns over linear names or roles; the default takes every linear of every block
-               (embeddings, norms and the output head are never replaced)
     """
 
     room: ClassVar[str] = "weights"
-    own_mode: ClassVar[Mode] = "sequential"
-    """How its statistics are gathered if nothing else is asked for; see `compress`."""
-
-    targets: tuple[str, ...] = ("*",)
-
-    def targeted(self, view: ModelView) -> tuple[LinearView, ...]:
-        """The linears that `targets` names. Raises TargetError for a pattern that matches none."""
-        return view.select(self.targets)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Statistics of the inputs that this method wants with these options; empty if it uses none."""
-        return frozenset()
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether calibration text is read at all: for statistics, or by `prepare` or `tune`."""
-        return bool(self.needs)
 
     def statistics_text(self, calibration: CalibrationSet) -> CalibrationSet:
         """The part of the calibration text that statistics are gathered on. The rest is for `tune` to choose by."""
@@ -132,6 +111,11 @@ class WeightMethod(Method):
 
     def check_model(self, model: PreTrainedModel, targets: Sequence[LinearView]) -> None:
         """Raise BudgetError if the options ask of the whole model what cannot be; called before any work starts."""
+
+    def apply(self, run: Run) -> None:
+        from trimtab.weights._compress import apply
+
+        apply(self, run)
 
     def prepare(self, planning: Planning) -> WeightMethod:
         """Called once, after the checks and before the first block: the method that compresses, with everything that

@@ -37,8 +37,8 @@ import torch
 from trimtab.core.errors import ConfigError, TargetError
 from trimtab.tensors.metric import Metric
 from trimtab.weights._pruning.allocation import softmax
-from trimtab.weights._pruning.nystrom import energy_scores, ridge_scores
 from trimtab.weights._pruning.narrow_heads import gram_of, sliced_pairs, sliced_values
+from trimtab.weights._pruning.nystrom import energy_scores, ridge_scores
 from trimtab.weights._pruning.plan import PlanEntry
 from trimtab.weights._pruning.selection import smallest
 from trimtab.weights._pruning.units import neurons
@@ -48,9 +48,9 @@ from trimtab.weights.base import NarrowLinear, SlicedBlock, SliceMethod, WeightM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView, LinearView, ModelView, Role
-    from trimtab.weights._planning import Planning
 
 __all__ = ["MoDeGpt"]
 
@@ -143,8 +143,8 @@ class MoDeGpt(SliceMethod):
                 own = {linear.name for linear in block.linears if linear.role in ROLES[part]}
                 if own & names and own - names:
                     raise TargetError(
-                        f"{block.name}: the widths of '{part}' run through {', '.join(sorted(own))}, and targets leaves "
-                        f"out {', '.join(sorted(own - names))}. Name all of them, or choose parts."
+                        f"{block.name}: the widths of '{part}' run through {', '.join(sorted(own))}, and targets "
+                        f"leaves out {', '.join(sorted(own - names))}. Name all of them, or choose parts."
                     )
                 found |= own & names
         if not found:
@@ -243,9 +243,7 @@ class MoDeGpt(SliceMethod):
         made[down.name] = dataclasses.replace(made[down.name], notes={"relative_error": error})
         return made, PlanEntry.of(units, keep)
 
-    def _widths(
-        self, block: BlockView, linears: Sequence[LinearView], share: float
-    ) -> dict[Part, tuple[int, int]]:
+    def _widths(self, block: BlockView, linears: Sequence[LinearView], share: float) -> dict[Part, tuple[int, int]]:
         """How many neurons, pairs and value directions stay, and of how many, of the parts among `linears`."""
         attention = block.attention
         steps = math.lcm(2, self.round_to) // 2
@@ -293,13 +291,17 @@ class _Prepared(SliceMethod):
         return needs
 
     def slice_block(self, block: BlockView, linears: Sequence[LinearView], stats: Mapping[str, Stats]) -> SlicedBlock:
+        if not linears:  # a block that targets leave out has no share
+            return SlicedBlock({})
         sliced: SlicedBlock = self.method.sliced(block, linears, stats, self.shares[block.index])
         return sliced
 
 
 def _noted(made: NarrowLinear, linear: LinearView, widths: Mapping[Part, tuple[int, int]]) -> NarrowLinear:
     kept, of = next(widths[part] for part, roles in ROLES.items() if linear.role in roles)
-    return dataclasses.replace(made, notes={"kept_width": kept, "of_width": of, "sparsity": 1 - kept / of, **made.notes})
+    return dataclasses.replace(
+        made, notes={"kept_width": kept, "of_width": of, "sparsity": 1 - kept / of, **made.notes}
+    )
 
 
 def _kept(width: int, share: float, multiple: int) -> int:

@@ -31,9 +31,9 @@ from trimtab.weights._pruning.units import neurons
 from trimtab.weights._slicer import NeuronMethod
 
 if TYPE_CHECKING:
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import BlockView
-    from trimtab.weights._planning import Planning
     from trimtab.weights.base import WeightMethod
 
 __all__ = ["Neurons"]
@@ -64,7 +64,8 @@ class Neurons(NeuronMethod):
     def neuron_scores(self, block: BlockView, stats: Mapping[str, Stats]) -> Tensor:
         linears = block.mlp.linears
         if self.score == "row_norm":
-            return first_matrix(linears).float().norm(dim=1).cpu()
+            norms: Tensor = torch.linalg.vector_norm(first_matrix(linears).float(), dim=1)
+            return norms.cpu()
         if self.score == "wanda":
             entries = {x.name: x.weight.float().abs() * _second_moment(stats, x.site).sqrt() for x in linears}
             return neurons(block).reduce({name: scores.cpu() for name, scores in entries.items()})

@@ -54,9 +54,9 @@ from trimtab.weights._slicer import NeuronMethod
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Stats
     from trimtab.models.views import BlockView, LinearView
-    from trimtab.weights._planning import Planning
     from trimtab.weights.base import WeightMethod
 
 __all__ = ["PruneNet"]

@@ -153,7 +153,7 @@ def run(
     from trimtab.app.comparison import next_tokens
     from trimtab.evaluation import fidelity
     from trimtab.models import info_of, ledger_of
-    from trimtab.weights import compress_to
+    from trimtab.models.compression import compress_to
 
     loaded = tt.load(model, device=device)
     before = ledger_of(loaded)

@@ -29,22 +29,15 @@ def sliced_pairs(
 
     `stats` holds the Gram matrix of what they read and, if they have biases, its mean.
     """
-    attention = block.attention
-    shape = (attention.num_kv_heads, -1, attention.head_dim)
-    mean = stats[linears["q"].site].mean
-    energies = {}
-    for role in ("q", "k"):
-        linear = linears[role]
-        shift = None if mean is None else mean.to(linear.weight.device)
-        energies[role] = projected_energy(linear.weight, linear.bias, gram_of(stats, linear), shift).view(shape)
-    scores = pair_scores(energies["q"], energies["k"][:, 0], attention.rotary_dim).cpu()
+    attention, q, k = block.attention, linears["q"], linears["k"]
+    kv_heads, dim, rotary_dim = attention.num_kv_heads, attention.head_dim, attention.rotary_dim
+    queries, keys = (_energy(linear, stats).view(kv_heads, -1, dim) for linear in (q, k))
+    scores = pair_scores(queries, keys[:, 0], rotary_dim).cpu()
     pairs = best_pairs(scores, count)
+    kept = float(scores.gather(1, pairs).sum() / scores.sum()) if bool(scores.any()) else 1.0
     made = {}
-    for role, share in (("q", attention.num_heads // attention.num_kv_heads), ("k", 1)):
-        linear = linears[role]
-        rows = pair_rows(pairs, share=share, head_dim=attention.head_dim, rotary_dim=attention.rotary_dim)
-        rows = rows.to(linear.weight.device)
-        kept = float(scores.gather(1, pairs).sum() / scores.sum()) if bool(scores.any()) else 1.0
+    for linear, share in ((q, attention.num_heads // kv_heads), (k, 1)):
+        rows = pair_rows(pairs, share=share, head_dim=dim, rotary_dim=rotary_dim).to(linear.weight.device)
         bias = None if linear.bias is None else linear.bias[rows]
         made[linear.name] = NarrowLinear(linear.weight[rows], bias, {"kept_energy": kept})
     keep = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, pairs, True)
@@ -83,6 +76,12 @@ def sliced_values(
     narrow_values = torch.cat(new_values).to(v.weight.dtype)
     narrow_outputs = torch.stack(new_outputs, dim=1).reshape(o.out_features, -1).to(o.weight.dtype)
     return {v.name: NarrowLinear(narrow_values, None), o.name: NarrowLinear(narrow_outputs, bias, tail)}
+
+
+def _energy(linear: LinearView, stats: Mapping[str, Stats]) -> Tensor:
+    mean = stats[linear.site].mean
+    at = None if mean is None else mean.to(linear.weight.device)
+    return projected_energy(linear.weight, linear.bias, gram_of(stats, linear), at)
 
 
 def gram_of(stats: Mapping[str, Stats], linear: LinearView) -> Tensor:

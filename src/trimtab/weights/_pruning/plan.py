@@ -145,6 +145,25 @@ class Plan:
             merged[entry.key] = entry if own is None else PlanEntry(*entry.key, _both(own, entry))
         return Plan(tuple(merged.values()), {**self.budget, **other.budget})
 
+    def followed_by(self, other: Plan) -> Plan:
+        """What is kept of the original's units after `other` was made for what this plan left of them.
+
+        Raises CompositionError if an entry of `other` has another number of units than this one kept.
+        """
+        entries = {entry.key: entry for entry in self.entries}
+        for entry in other.entries:
+            if (own := entries.get(entry.key)) is None:
+                entries[entry.key] = entry
+                continue
+            if own.kept != entry.units:
+                raise CompositionError(
+                    f"a plan keeps {own.kept} {own.kind} units of {own.name}, and the next one is about {entry.units}."
+                )
+            keep = own.keep.clone()
+            keep[own.keep] = entry.keep
+            entries[entry.key] = PlanEntry(*entry.key, keep)
+        return Plan(tuple(entries.values()), {**self.budget, **other.budget})
+
     def diff(self, other: Plan) -> tuple[PlanDifference, ...]:
         """Where the plans differ, in this plan's order and then the other's; empty if they keep the same units."""
         first, second = ({entry.key: entry for entry in plan.entries} for plan in (self, other))
