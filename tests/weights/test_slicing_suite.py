@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,25 +247,3 @@ def test_without_text_no_tokenizer_is_needed(name: str, options: dict[str, Any])
     assert widths(model)[0] < 112
     with pytest.raises(ConfigError, match="tokenizer"):
         tt.compress(random_model("llama"), build(name, {**options, "repair": "least_squares"}), progress=False)
-
-
-LOADED_ALONE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-assert not any(name.startswith("trimtab") for name in sys.modules)
-with torch.no_grad():
-    torch.save(model(input_ids=torch.load(sys.argv[1] + "/tokens.pt")).logits, sys.argv[1] + "/logits.pt")
-"""
-
-
-@pytest.mark.slow
-@first_of_each
-def test_it_loads_in_a_process_without_trimtab(
-    name: str, options: dict[str, Any], calibration: CalibrationSet, tmp_path: Path
-) -> None:
-    model = compressed("llama", name, options, calibration)
-    tt.save(model, tmp_path / "out")
-    torch.save(TOKENS, tmp_path / "out" / "tokens.pt")
-    subprocess.run([sys.executable, "-c", LOADED_ALONE, str(tmp_path / "out")], check=True)
-    assert torch.equal(torch.load(tmp_path / "out" / "logits.pt"), logits(model))
