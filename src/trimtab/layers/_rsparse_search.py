@@ -132,7 +132,7 @@ class _Choices:
         weight = linear.weight
         ascending = method.scores(weight, stats.reservoir.to(weight.device)).flatten().sort().values
         limits = [order_statistic(ascending, 1 - method.share(gene / 100)) for gene in range(SMALLEST, LARGEST + 1)]
-        _, rank = method.budget(*weight.shape, SMALLEST / 100)
+        _, rank = method.budget(linear.out_features, linear.in_features, SMALLEST / 100)
         factors = svd(weight.float(), rank, dtype=method.dtype_of(weight))
         scale = column_norms(weight) if method.criterion == "weighted" else None
         return cls(linear.module, weight.t(), scale, factors.left, factors.right, torch.tensor(limits))
@@ -202,7 +202,7 @@ class _Losses:
         model.train(False)
         total, count = 0.0, 0
         try:
-            for rows in torch.arange(len(text.tokens)).split(max(1, _CHUNK_TOKENS // text.length)):
+            for rows in torch.split(torch.arange(len(text.tokens)), max(1, _CHUNK_TOKENS // text.length)):
                 tokens, mask = text.tokens[rows].to(model.device), text.mask[rows].to(model.device)
                 logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits
                 nats = nn.functional.cross_entropy(
