@@ -8,7 +8,8 @@ import torch
 from trimtab.core.errors import ConfigError
 from trimtab.kernels.bench import RMS_BOUND
 from trimtab.kernels.grid_matmul import grid_matmul, grid_matmul_many
-from trimtab.kernels.grid_matmul.prepared import MAX_ROWS, PreparedGrids
+from trimtab.kernels.grid_matmul.prepared import prepared_grids
+from trimtab.kernels.prepared import MAX_ROWS
 
 from .conftest import Grid, inputs, make_grid, needs_native, relative_rms
 
@@ -35,7 +36,7 @@ def test_one_call_is_bit_identical_to_several(
 ) -> None:
     grids = grids_of(layout)
     weights = [grid.given for grid in grids]
-    prepared = PreparedGrids(weights)
+    prepared = prepared_grids(weights)
     before = torch.get_num_threads()
     try:
         for rows in (1, 2, 7, 8, 40, 66):
@@ -65,7 +66,7 @@ def test_the_reference_is_separate_calls(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_weights_of_different_inputs_are_refused() -> None:
     weights = [make_grid(4, width, 4, 32).given for width in (64, 96)]
-    for call in (PreparedGrids, lambda weights: grid_matmul_many(torch.zeros(1, 64), weights)):
+    for call in (prepared_grids, lambda weights: grid_matmul_many(torch.zeros(1, 64), weights)):
         with pytest.raises(ConfigError, match=r"equal in_features, not \[64, 96\]"):
             call(weights)
         with pytest.raises(ConfigError, match="no weights"):

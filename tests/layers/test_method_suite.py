@@ -211,13 +211,10 @@ def test_bad_input_is_refused_before_anything_changes(
         assert same(model, before)
 
     refused(TargetError, r"'q_porj'.*Did you mean 'q_proj' \(2 matches\)", build(name, {"targets": ("q_porj",)}))
-    refused(ConfigError, "one step of the layers room, not 'rtn'", tt.weights.Rtn())
-    refused(ConfigError, "one step of the layers room, not none", Recipe(()))
+    refused(ConfigError, r"of the rooms weights and layers, not 'kivi' \(cache\)", tt.cache.Kivi())
     refused(ConfigError, "Known: dense, sequential", mode="sparse")
     long = CalibrationSet.from_tokens(torch.full((1, 500), 5))
     refused(DataError, "longer than the model's context", calibration=long)
-    with pytest.raises(ConfigError, match=f"steps of the weights room, not .{name}."):
-        tt.compress(model, build(name, options), calibration=calibration, progress=False)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = torch.inf
     before = copy.deepcopy(model)

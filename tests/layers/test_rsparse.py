@@ -24,7 +24,7 @@ from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.random import random_model
 from trimtab.models.views import ModelView
-from trimtab.tensors.sparse_inputs import SparseInputs, column_norms
+from trimtab.tensors.sparse_inputs import SparseInputs, column_norms, every_token_sparse
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -194,7 +194,7 @@ def test_prompts_are_dense_only_where_asked_and_never_in_an_evaluation(ref_mini:
 
     assert torch.allclose(logits(model), logits(dense), atol=1e-4)
     assert not torch.allclose(logits(sparse), logits(dense), atol=1e-1)
-    with tt.layers.every_token_sparse():
+    with every_token_sparse():
         assert torch.equal(logits(model), logits(sparse))
     assert torch.allclose(logits(model), logits(dense), atol=1e-4)
     # eight rows are few: decoded, not read

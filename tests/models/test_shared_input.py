@@ -14,9 +14,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trimtab import compress
 from trimtab.kernels import library
-from trimtab.kernels.grid_matmul.prepared import MAX_ROWS, PreparedGrids
 from trimtab.kernels.kv_attention import dense
 from trimtab.kernels.op import KERNELS_VARIABLE
+from trimtab.kernels.prepared import MAX_ROWS, PreparedProducts
 from trimtab.models import attention, load, random_model, save
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.fast_decoding import fast_decoding
@@ -24,23 +24,28 @@ from trimtab.models.random import ALL_FAMILIES
 from trimtab.models.shared_input import SharedInput
 from trimtab.models.views import ModelView
 from trimtab.tensors.base import Part
+from trimtab.tensors.bitmap import Bitmap
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GridFormat, GroupGrid
 from trimtab.tensors.low_rank import LowRank
 from trimtab.tensors.rotation import Rotation
+from trimtab.tensors.sparse_grid import SparseGrid
 from trimtab.tensors.table import LevelTable, TableFormat
 from trimtab.weights.rtn import Rtn
 
 pytestmark = pytest.mark.skipif(library.absent() is not None, reason="there are no native kernels here to prepare")
 
-FORMS = ("2 bits", "3 bits", "4 bits", "8 bits", "asymmetric", "table", "with terms", "rotated", "groups along out")
-SHARING = ("2 bits", "3 bits", "4 bits", "8 bits", "asymmetric", "table", "with terms")
+SHARING = ("2 bits", "3 bits", "4 bits", "8 bits", "asymmetric", "table", "with terms", "sparse", "sparse 4 bits")
+FORMS = (*SHARING, "rotated", "groups along out")
 
 
 def tensor(form: str, out_features: int, seed: int = 0) -> CompressedTensor:
     weight = torch.randn(out_features, 64, generator=torch.Generator().manual_seed(seed))
     if form == "table":
         return CompressedTensor((LevelTable.quantize(weight, TableFormat(group_size=32)),))
+    if form.startswith("sparse"):
+        made = SparseGrid.from_dense if form == "sparse 4 bits" else Bitmap.from_dense
+        return CompressedTensor((made(weight, weight > 0),))
     fmt = GridFormat.from_options(
         {
             "bits": int(form[0]) if form[0].isdigit() else 4,
@@ -82,14 +87,14 @@ def slow(layer: CompressedLinear, x: Tensor) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each prepared call multiplied."""
     counts: list[int] = []
-    run = PreparedGrids.run
+    run = PreparedProducts.run
 
-    def counted(self: PreparedGrids, x: Tensor) -> tuple[Tensor, ...]:
+    def counted(self: PreparedProducts, x: Tensor) -> tuple[Tensor, ...]:
         results = run(self, x)
         counts.append(len(results))
         return results
 
-    monkeypatch.setattr(PreparedGrids, "run", counted)
+    monkeypatch.setattr(PreparedProducts, "run", counted)
     return counts
 
 

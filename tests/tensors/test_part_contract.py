@@ -22,9 +22,10 @@ from trimtab.tensors import (
     NestedFormat,
     Part,
     Rotation,
+    SparseGrid,
+    SparseInputs,
     SparseOutliers,
     TableFormat,
-    TwoOfFour,
     svd,
 )
 
@@ -65,12 +66,12 @@ PARTS: dict[str, Callable[[], Part]] = {
     ),
     "binary": lambda: BinaryBases.nearest(WEIGHT, _alphas()),
     "binary-constant": lambda: BinaryBases.nearest(WEIGHT, _alphas(), torch.full((6,), 0.1, dtype=torch.float16)),
+    "sparse_inputs": lambda: SparseInputs.of(WEIGHT.half(), 0.4, 9, rank=2),
+    "sparse_inputs-plain": lambda: SparseInputs.of(WEIGHT.half(), 0.4, 9, weighted=False, prefill="dense"),
     "low_rank": lambda: svd(WEIGHT, 2, dtype=torch.float16),
     "sparse": lambda: SparseOutliers.select(WEIGHT, 0.1),
     "bitmap": lambda: Bitmap.from_dense(WEIGHT, WEIGHT > 0.3, torch.float16),
-    "two_of_four": lambda: TwoOfFour.from_dense(
-        WEIGHT, torch.tensor([1, 0, 0, 1] * 8).bool().expand(6, 32), torch.float16
-    ),
+    "sparse_grid": lambda: SparseGrid.from_dense(WEIGHT, WEIGHT > 0.3),
 }
 
 
@@ -97,7 +98,9 @@ def test_numbers_have_gradients_and_can_be_put_back(part: Part) -> None:
     assert changed.spec() == part.spec()
     assert not torch.equal(changed.dequantize(), part.dequantize())
     with pytest.raises(NumericsError, match="cannot hold|positive"):
-        part.with_continuous({name: torch.full_like(value, 1e30) for name, value in numbers.items()})
+        stored = {name: value.dtype for name, value in part.continuous().items()}
+        beyond = {name: 2 * torch.full_like(value, torch.finfo(stored[name]).max) for name, value in numbers.items()}
+        part.with_continuous(beyond)
 
 
 def test_projection_of_itself_changes_nothing_and_differ_changes_every_chosen_code(part: Part) -> None:

@@ -241,7 +241,7 @@ def test_unknown_mode_is_refused(calibration: CalibrationSet) -> None:
 def test_recipes_without_a_step_of_this_room_or_with_too_many_are_refused() -> None:
     model = random_model("llama")
     expect_unchanged(
-        model, lambda: quietly(model, Recipe(())), ConfigError, "step of the weights room; this recipe has none"
+        model, lambda: quietly(model, Recipe(())), ConfigError, "at least one method of the rooms weights and layers"
     )
     with pytest.raises(CompositionError, match="already compressed by 'rtn'"):
         Recipe.of(Rtn(), GPTQ)

@@ -28,7 +28,7 @@ from trimtab.core.files import write_text_atomically
 from trimtab.core.run_record import machine, versions
 from trimtab.kernels.bandwidth import read_bandwidth_gbps
 from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
-from trimtab.kernels.grid_matmul.prepared import PreparedGrids
+from trimtab.kernels.grid_matmul.prepared import prepared_grids
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
 from trimtab.kernels.half_linear import half_linear
 from trimtab.kernels.half_linear.reference import half_linear_reference
@@ -174,7 +174,7 @@ def _grid_calls(shapes: Sequence[Shape], form: Form, x: Tensor, how: str = "one-
 
 def _grid_call(weights: Sequence[GridWeight], x: Tensor, how: str) -> Callable[[], Sequence[Tensor]]:
     if how == "prepared":
-        prepared = PreparedGrids(weights)
+        prepared = prepared_grids(weights)
         return lambda: prepared.run(x)
     if how == "separate":
         return lambda: [grid_matmul_many(x, [weight])[0] for weight in weights]

@@ -16,7 +16,7 @@ from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
 
 log = logging.getLogger("trimtab.kernels")
 
-ABI = 4
+ABI = 5
 """TT_ABI of native/api.h."""
 ISA_VARIABLE = "TRIMTAB_ISA"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
@@ -48,6 +48,21 @@ class GridWeightStruct(ctypes.Structure):
     )
 
 
+class SparseWeightStruct(ctypes.Structure):
+    """tt_sparse_weight of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("bitmap", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 class BlockTermStruct(ctypes.Structure):
     """tt_block_term of native/api.h."""
 
@@ -67,6 +82,7 @@ class BlockLinearStruct(ctypes.Structure):
 
     _fields_ = (
         ("weight", GridWeightStruct),
+        ("sparse", SparseWeightStruct),
         ("terms", ctypes.c_void_p),
         ("term_count", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
@@ -135,18 +151,6 @@ class CodebookProblem(ctypes.Structure):
     )
 
 
-class SparseProblem(ctypes.Structure):
-    """tt_sparse_problem of native/api.h."""
-
-    _fields_ = (
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("x_dtype", ctypes.c_int32),
-        ("isa", ctypes.c_int32),
-    )
-
-
 class GatherProblem(ctypes.Structure):
     """tt_gather_problem of native/api.h."""
 
@@ -195,8 +199,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_half_linear": (i32, (pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "tt_codebook_matmul": (i32, (*[pointer] * 6, i64, i32)),
         "tt_codebook_dequantize": (i32, (*[pointer] * 5, i64, i32)),
-        "tt_sparse_matmul": (i32, (*[pointer] * 6, i64, i32)),
-        "tt_sparse_dequantize": (i32, (*[pointer] * 4, i64, i64, pointer, i32)),
+        "tt_sparse_matmul": (i32, (pointer, i64, pointer, pointer, i64, i32, i32, i32)),
+        "tt_sparse_dequantize": (i32, (pointer, i64, i64, pointer, i32, i32)),
         "tt_gather_matmul": (i32, (*[pointer] * 7, i64, i32)),
         "tt_int_matmul": (i32, (*[pointer] * 7, i64, ctypes.c_float, i32)),
         "tt_kv_attention": (i32, (pointer, pointer, pointer, pointer, i32)),

@@ -132,7 +132,7 @@ class _Choices:
         weight = linear.weight
         ascending = method.scores(weight, stats.reservoir.to(weight.device)).flatten().sort().values
         limits = [order_statistic(ascending, 1 - method.share(gene / 100)) for gene in range(SMALLEST, LARGEST + 1)]
-        _, rank = method.budget(weight.shape[0], weight.shape[1], SMALLEST / 100)
+        _, rank = method.budget(linear.out_features, linear.in_features, SMALLEST / 100)
         factors = svd(weight.float(), rank, dtype=method.dtype_of(weight))
         scale = column_norms(weight) if method.criterion == "weighted" else None
         return cls(linear.module, weight.t(), scale, factors.left, factors.right, torch.tensor(limits))

@@ -39,8 +39,8 @@ from trimtab.core.errors import ConfigError, TargetError
 from trimtab.layers.base import LayerMethod, Notes, Replacement
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.tensors.compressed import CompressedTensor
+from trimtab.tensors.sparse import VALUE_DTYPES
 from trimtab.tensors.sparse_inputs import Prefill, SparseInputs, column_norms
-from trimtab.tensors.support import VALUE_DTYPES
 
 if TYPE_CHECKING:
     from trimtab.models.planning import Planning
@@ -153,7 +153,8 @@ class RSparse(LayerMethod):
         self, weight: Tensor, alpha: float, threshold: float, factors: tuple[Tensor, Tensor] | None = None
     ) -> SparseInputs:
         """What a weight [out, in] becomes. `factors`: of its rank or more, cut to it; None: they are computed."""
-        kept, rank = self.budget(weight.shape[0], weight.shape[1], alpha)
+        out_features, in_features = weight.shape
+        kept, rank = self.budget(out_features, in_features, alpha)
         if factors is not None:
             factors = factors[0][:, :rank], factors[1][:rank]
         return SparseInputs.of(

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from trimtab.kernels.grid_matmul.prepared import PreparedGrids
+from trimtab.kernels.grid_matmul.prepared import prepared_grids
+from trimtab.kernels.prepared import PreparedProducts
+from trimtab.kernels.sparse_matmul.prepared import prepared_sparse
 
 if TYPE_CHECKING:
     from trimtab.models.compressed_linear import CompressedLinear
@@ -30,10 +32,15 @@ class PreparedFirst:
     """
 
     def __init__(self, layers: Sequence[CompressedLinear]) -> None:
-        weights = [layer.tensor.parts[0].grid_weight() for layer in layers]
-        plain = all(layer.tensor.transform is None for layer in layers)
-        known = [weight for weight in weights if weight is not None]
-        self.product = PreparedGrids(known) if plain and len(known) == len(layers) else None
+        parts = [layer.tensor.parts[0] for layer in layers]
+        grids = [grid for part in parts if (grid := part.grid_weight()) is not None]
+        sparse = [weight for part in parts if (weight := part.sparse_weight()) is not None]
+        self.product: PreparedProducts | None = None
+        if all(layer.tensor.transform is None for layer in layers):
+            if len(grids) == len(layers):
+                self.product = prepared_grids(grids)
+            elif len(sparse) == len(layers):
+                self.product = prepared_sparse(sparse)
         self._kept = [[(layer._buffers, *named) for named in layer.stored().items()] for layer in layers]
         self._ids = [[id(tensor) for _, _, tensor in kept] for kept in self._kept]
 

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from trimtab.tensors.nested_scales import NestedFormat as NestedFormat
     from trimtab.tensors.rotation import Rotation as Rotation
     from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
+    from trimtab.tensors.sparse_grid import SparseGrid as SparseGrid
     from trimtab.tensors.sparse_inputs import SparseInputs as SparseInputs
     from trimtab.tensors.sparse_inputs import every_token_sparse as every_token_sparse
     from trimtab.tensors.table import LevelTable as LevelTable
     from trimtab.tensors.table import TableFormat as TableFormat
     from trimtab.tensors.transform import Chain as Chain
     from trimtab.tensors.transform import Transform as Transform
-    from trimtab.tensors.two_of_four import TwoOfFour as TwoOfFour
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -53,10 +53,10 @@ __getattr__, __dir__ = lazy_exports(
         "SparseOutliers": "sparse",
         "SparseInputs": "sparse_inputs",
         "every_token_sparse": "sparse_inputs",
+        "SparseGrid": "sparse_grid",
         "LevelTable": "table",
         "TableFormat": "table",
         "Chain": "transform",
         "Transform": "transform",
-        "TwoOfFour": "two_of_four",
     },
 )

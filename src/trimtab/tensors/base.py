@@ -19,11 +19,12 @@ from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, NumericsError, did_you_mean
 from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
+from trimtab.kernels.sparse_matmul import SparseWeight
 
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
 
-_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "two_of_four", "sparse_inputs")
+_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "sparse_grid", "sparse_inputs")
 PART_KINDS: dict[str, type[Part]] = {}
 """kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 
@@ -64,6 +65,10 @@ class Part(ABC):
     def grid_weight(self) -> GridWeight | None:
         """This part as the grid kernels take it, without copying; None if they cannot. Where it is given, `matmul` is
         their product."""
+        return None
+
+    def sparse_weight(self) -> SparseWeight | None:
+        """The same for the sparse kernels."""
         return None
 
     @abstractmethod

@@ -1,65 +1,69 @@
 """Unstructured sparsity: one bit for each weight says whether it is kept, the kept values stand side by side.
 
-For a weight [out, in] with n kept entries, W = ceil(in / 64):
-
-    bitmap     int64 [out, W]     bit c % 64, least significant first, of word c // 64 of row i is 1 where entry (i, c)
-                                  is kept; in bytes (little-endian), bit c % 8 of byte c // 8. Bits past `in` are 0
-    values     [n]                kept entries, row after row, columns ascending; bfloat16, float16 or float32
-    offsets    int32 [out + 1]    row i owns values[offsets[i] : offsets[i + 1]]; from 0 to n
-
-Half of the entries in bfloat16 take 8 bits for values, 1 for the bitmap (rows are padded to 64 columns) and 32 / in for
-the offset: 9.1 bits per weight at 256 columns, 0.57 of dense. A kept value may be 0.
+The layout is that of `support.py`, with `values` in bfloat16, float16 or float32. Half of the entries in bfloat16 take
+8 bits for values, 1 for the bitmap (rows are padded to 64 columns) and 32 / in for the offset: 9.1 bits per weight at
+256 columns, 0.57 of dense; so does a 2:4 pattern. A kept value may be 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointError, ConfigError
-from trimtab.tensors.base import checked_buffers, dtype_from_spec, shape_from_spec
-from trimtab.tensors.support import VALUE_DTYPES, SupportPart, kept_values
+from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
+from trimtab.kernels.sparse_matmul.bitmap import pack_bits, words
+from trimtab.tensors.base import checked_buffers, dtype_from_spec, shape_from_spec, stored_like
+from trimtab.tensors.support import SupportPart, check_support, stored_offsets
 
-WORD = 64
-"""Columns in one word of a bitmap."""
+VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
 class Bitmap(SupportPart):
-    """See the module for `bitmap`, `values` and `offsets`."""
+    """See `support.py` for `bitmap`, `values` and `offsets`."""
 
     kind: ClassVar[str] = "bitmap"
 
-    in_features: int
-    bitmap: Tensor
-    values: Tensor
-    offsets: Tensor
-
     @classmethod
     def from_dense(cls, weight: Tensor, keep: Tensor, dtype: torch.dtype | None = None) -> Bitmap:
-        values = kept_values(weight, keep, dtype)
-        if values.numel() >= 2**31:
-            raise ConfigError(f"{values.numel():,} kept values are more than a row offset counts (2^31).")
-        offsets = torch.zeros(len(keep) + 1, dtype=torch.int64, device=keep.device)
-        offsets[1:] = keep.sum(dim=1).cumsum(0)
-        return cls(int(weight.shape[1]), pack_bits(keep), values, offsets.int())
+        """The entries of `weight` [out, in] where `keep` (bool, same shape) is true, stored in `dtype`, or in that of
+        the weight. Raises ConfigError for what cannot be stored, NumericsError for a value beyond the dtype."""
+        check_support(weight, keep)
+        dtype = weight.dtype if dtype is None else dtype
+        if dtype not in VALUE_DTYPES.values():
+            raise ConfigError(f"values cannot be stored in {dtype}; choose one of {', '.join(VALUE_DTYPES)}.")
+        values = weight[keep].to(dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise NumericsError(
+                f"a value of {float(weight.abs().max()):.4g} in a weight of shape {list(weight.shape)} is NaN, "
+                f"infinite or beyond {dtype}; use a wider dtype."
+            )
+        return cls(int(weight.shape[1]), pack_bits(keep), values, stored_offsets(cls.row_lengths(keep)))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return int(self.bitmap.shape[0]), self.in_features
+    @staticmethod
+    def row_lengths(mask: Tensor) -> Tensor:
+        return mask.sum(dim=1)
 
-    def mask(self) -> Tensor:
-        return unpack_bits(self.bitmap, self.in_features)
+    def nearest(self, target: Tensor) -> Bitmap:
+        return self.with_continuous({"values": target[self.mask()]})
+
+    def continuous(self) -> dict[str, Tensor]:
+        return {"values": self.values}
+
+    def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
+        values = continuous["values"].float()
+        return values.new_zeros(self.shape).masked_scatter(self.mask(), values)
+
+    def with_continuous(self, continuous: Mapping[str, Tensor]) -> Bitmap:
+        return replace(self, values=stored_like(self, continuous)["values"])
 
     def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "entries": self.values.numel()}
-
-    def state(self) -> dict[str, Tensor]:
-        return {"bitmap": self.bitmap, "values": self.values, "offsets": self.offsets}
+        name = str(self.values.dtype).removeprefix("torch.")
+        return {"kind": self.kind, "shape": list(self.shape), "dtype": name, "entries": self.values.numel()}
 
     @classmethod
     def buffers(cls, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -76,34 +80,3 @@ class Bitmap(SupportPart):
     def from_state(cls, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Bitmap:
         found = checked_buffers(cls, spec, state)
         return cls(shape_from_spec(spec)[1], found["bitmap"], found["values"], found["offsets"])
-
-    def support_error(self) -> str | None:
-        bits = unpack_bits(self.bitmap, WORD * self.bitmap.shape[1])
-        if bool(bits[:, self.in_features :].any()):
-            return f"the bitmap has bits past column {self.in_features}"
-        counted = torch.zeros_like(self.offsets)
-        counted[1:] = bits.sum(dim=1).cumsum(0)
-        if not torch.equal(counted, self.offsets) or int(counted[-1]) != self.values.numel():
-            return f"row offsets are not those of the bitmap, which keeps {int(counted[-1])} of {self.values.numel()}"
-        return None
-
-
-def words(in_features: int) -> int:
-    """Words of a bitmap's row."""
-    return -(-in_features // WORD)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """bool [rows, columns] -> int64 [rows, words(columns)], as the module describes."""
-    rows, columns = mask.shape
-    padded = torch.nn.functional.pad(mask, (0, words(columns) * WORD - columns))
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    octets = (padded.view(rows, -1, 8).to(torch.uint8) << places).sum(dim=-1, dtype=torch.uint8)
-    return octets.view(torch.int64)
-
-
-def unpack_bits(bitmap: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack_bits`: int64 [rows, words(columns)] -> bool [rows, columns]."""
-    places = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
-    octets = bitmap.contiguous().view(torch.uint8)
-    return ((octets[..., None] >> places) & 1).bool().flatten(1)[:, :columns]

@@ -1,52 +1,70 @@
-"""What parts share that keep some entries of a weight exactly and have zeros elsewhere: a *support* and values.
+"""What parts share that have zeros in a weight and do not store them: a *support* and what stands on it.
 
-The support is structure, not a code: `project` keeps it and takes new values. Which entries to keep is decided by
-`trimtab.weights`; `SparseOutliers` is the other case, a few entries beside a grid, whose positions are chosen anew.
+The support is a bitmap in the layout of `kernels/sparse_matmul/bitmap.py`, for a weight [out, in]:
+
+    bitmap     int64 [out, ceil(in / 64)]    bit c % 64, least significant first, of word c // 64 of row i is 1 where
+                                             entry (i, c) is kept. Bits past `in` are 0
+    values     [n]                           what is kept, row after row, columns ascending; numbers or codes
+    offsets    int32 [out + 1]               row i owns values[offsets[i] : offsets[i + 1]]; from 0 to n
+
+It is structure, not a code: `project` keeps it. Which entries to keep is decided by `trimtab.weights`;
+`SparseOutliers` is the other case, a few entries beside a grid, whose positions are chosen anew. N:M patterns are
+supports like others: a bitmap takes one bit per column, no more than positions inside the groups of 2:4 would.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
-from trimtab.tensors.base import Part, stored_like
+from trimtab.core.errors import CheckpointError, ConfigError
+from trimtab.kernels.sparse_matmul import SparseWeight, sparse_matmul
+from trimtab.kernels.sparse_matmul.bitmap import WORD, row_offsets, unpack_bits
+from trimtab.kernels.sparse_matmul.reference import dequantize
+from trimtab.tensors.base import Part
 from trimtab.tensors.metric import Metric
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-
+@dataclass(frozen=True, eq=False)
 class SupportPart(Part):
-    """A dataclass with a field `values`: the kept entries, row after row, columns ascending, in any shape."""
+    """See the module for `bitmap`, `values` and `offsets`."""
 
+    in_features: int
+    bitmap: Tensor
     values: Tensor
+    offsets: Tensor
 
-    @classmethod
-    @abstractmethod
-    def from_dense(cls, weight: Tensor, keep: Tensor, dtype: torch.dtype | None = None) -> Self:
-        """The entries of `weight` [out, in] where `keep` (bool, same shape) is true, stored in `dtype`, or in that of
-        the weight. Raises ConfigError for what cannot be stored, NumericsError for a value beyond the dtype."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.bitmap.shape[0]), self.in_features
 
-    @abstractmethod
     def mask(self) -> Tensor:
         """The support, bool [out, in]."""
+        return unpack_bits(self.bitmap, self.in_features)
 
     @property
     def density(self) -> float:
         """The share of entries that are kept."""
-        return self.values.numel() / (self.shape[0] * self.shape[1])
+        return int(self.mask().sum()) / (self.shape[0] * self.shape[1])
+
+    def sparse_weight(self) -> SparseWeight:
+        return SparseWeight(self.bitmap, self.values, self.offsets, self.in_features)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return sparse_matmul(x, self.sparse_weight())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        dense = torch.zeros(self.shape, dtype=dtype, device=self.values.device)
-        return dense.masked_scatter_(self.mask(), self.values.to(dtype))
+        return dequantize(self.sparse_weight(), dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"bitmap": self.bitmap, "values": self.values, "offsets": self.offsets}
 
     @property
     def code_shape(self) -> None:
@@ -57,7 +75,8 @@ class SupportPart(Part):
     ) -> Self:
         """The values of `target` on this support: nearest where the metric does not tie entries of a row together.
 
-        A support has no codes: `subset` and `differ` are refused, and so is a Gram metric, which least squares serve.
+        `subset` and `differ` are refused, because what is kept is no choice among codes; so is a Gram metric, which
+        least squares serve.
         """
         if subset is not None or differ:
             raise ConfigError(f"a {self.kind} part has no codes to change: project it without a subset.")
@@ -67,49 +86,46 @@ class SupportPart(Part):
             raise ConfigError(
                 f"target of shape {list(target.shape)} for a {self.kind} part of shape {list(self.shape)}."
             )
-        return self.with_continuous({"values": target.float()[self.mask()].reshape(self.values.shape)})
-
-    def continuous(self) -> dict[str, Tensor]:
-        return {"values": self.values}
-
-    def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
-        values = continuous["values"].float()
-        return values.new_zeros(self.shape).masked_scatter(self.mask(), values)
-
-    def with_continuous(self, continuous: Mapping[str, Tensor]) -> Self:
-        return replace(self, values=stored_like(self, continuous)["values"])  # type: ignore[type-var]
-
-    def spec(self) -> dict[str, Any]:
-        name = str(self.values.dtype).removeprefix("torch.")
-        return {"kind": self.kind, "shape": list(self.shape), "dtype": name}
-
-    def check(self) -> None:
-        """Raise CheckpointError for a support that cannot be, or values that are not finite."""
-        where = f"{self.kind} part of shape {list(self.shape)}"
-        if (wrong := self.support_error()) is not None:
-            raise CheckpointError(f"{where}: {wrong}.")
-        if not bool(torch.isfinite(self.values).all()):
-            raise CheckpointError(f"{where}: values have NaN or infinity.")
+        return self.nearest(target.float())
 
     @abstractmethod
-    def support_error(self) -> str | None:
-        """What is wrong with the buffers that hold the support, or None."""
+    def nearest(self, target: Tensor) -> Self:
+        """The part of this support, and of these scales if it has any, nearest to float32 `target` [out, in]."""
+
+    def check(self) -> None:
+        """Raise CheckpointError for a support that cannot be, or numbers that are not finite."""
+        where = f"{self.kind} part of shape {list(self.shape)}"
+        bits = unpack_bits(self.bitmap, WORD * self.bitmap.shape[1])
+        if bool(bits[:, self.in_features :].any()):
+            raise CheckpointError(f"{where}: the bitmap has bits past column {self.in_features}.")
+        counted = row_offsets(self.row_lengths(bits))
+        if not torch.equal(counted, self.offsets.long()) or int(counted[-1]) != self.values.numel():
+            raise CheckpointError(
+                f"{where}: row offsets are not those of the bitmap, which has {int(counted[-1])} values, of "
+                f"{self.values.numel()}."
+            )
+        for name, numbers in self.continuous().items():
+            if not bool(torch.isfinite(numbers).all()):
+                raise CheckpointError(f"{where}: {name} have NaN or infinity.")
+
+    @staticmethod
+    @abstractmethod
+    def row_lengths(mask: Tensor) -> Tensor:
+        """How many of `values` each row of a support owns, int64 [out]."""
 
 
-def kept_values(weight: Tensor, keep: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`weight[keep]` as it is stored: row after row, in `dtype` or that of the weight. Errors as `from_dense`."""
+def check_support(weight: Tensor, keep: Tensor) -> None:
+    """Raises ConfigError unless `weight` is a matrix [out, in] and `keep` a bool mask of its shape."""
     if weight.ndim != 2 or keep.shape != weight.shape or keep.dtype != torch.bool:
         raise ConfigError(
             f"a sparse weight wants a matrix [out, in] and a bool mask of its shape, not {list(weight.shape)} and "
             f"{keep.dtype} {list(keep.shape)}."
         )
-    dtype = weight.dtype if dtype is None else dtype
-    if dtype not in VALUE_DTYPES.values():
-        raise ConfigError(f"values cannot be stored in {dtype}; choose one of {', '.join(VALUE_DTYPES)}.")
-    values = weight[keep].to(dtype)
-    if not bool(torch.isfinite(values).all()):
-        raise NumericsError(
-            f"a value of {float(weight.abs().max()):.4g} in a weight of shape {list(weight.shape)} is NaN, infinite or "
-            f"beyond {dtype}; use a wider dtype."
-        )
-    return values
+
+
+def stored_offsets(lengths: Tensor) -> Tensor:
+    """int32 [out + 1] of how many values each row owns. Raises ConfigError for more than it can count."""
+    offsets = row_offsets(lengths)
+    if int(offsets[-1]) >= 2**31:
+        raise ConfigError(f"{int(offsets[-1]):,} kept values are more than a row offset counts (2^31).")
+    return offsets.int()

@@ -7,7 +7,9 @@ With `H = E[x x^T]` and `H^-1 = U^T U`, U upper triangular, removing entry (i, j
 `w_ij^2 / U_jj^2`. Before every block of `block_size` columns, everything in it up to and with the entry of rank
 floor(entries * sparsity) is chosen by that cost, all rows together, from weights that hold all earlier corrections; so
 every block loses the same share, and rows lose different ones. With n:m sparsity every row chooses n of its next m
-columns. Then the columns of the block go one by one as in `gptq`, with a zero in place of a rounded value.
+columns. Then the columns of the block go one by one as in `gptq`, with a zero in place of a rounded value; with
+`value_bits` what is kept is rounded in the same pass, as the paper's section on joint sparsification and quantization
+has it, except that its groups have scales of their own.
 
 Departures from the authors' code, as in `gptq`: damping is a share of the mean diagonal without dead columns; if the
 factorisation fails, damping grows tenfold, up to three times, and then the layer is pruned as `wanda` does without
@@ -63,6 +65,12 @@ class Sparsegpt(SparseMethod):
                 f"Sparsegpt: option block_size={self.block_size} must be a multiple of {group[1]} for sparsity "
                 f"'{self.sparsity}'."
             )
+        rounded = self.rounded_group
+        if rounded is not None and self.block_size % rounded and rounded % self.block_size:
+            raise ConfigError(
+                f"Sparsegpt: option value_group={rounded} must divide block_size={self.block_size}, or be a "
+                "multiple of it."
+            )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -86,19 +94,20 @@ class Sparsegpt(SparseMethod):
         if bool(inverse.dead.all()):
             return self._uncorrected(linear, torch.ones_like(metric.column), "no input is ever active")
         group = self.amount.group
-        pruned, keep, loss = remove_by_sweep(
+        swept = remove_by_sweep(
             weight,
             inverse,
             self._choose,
             choice_size=self.block_size if group is None else group[1],
             block_size=self.block_size,
+            rounded_group=self.rounded_group,
         )
         notes: Notes = {
             "damping": inverse.damping,
             "dead_columns": int(inverse.dead.sum()),
-            "sparsegpt_loss": loss,
+            "sparsegpt_loss": swept.loss,
         }
-        return self.stored(linear, pruned, keep, notes)
+        return self.stored(linear, swept.weight, swept.keep, notes, swept.scales)
 
     def _choose(self, start: int, costs: Tensor) -> Tensor:
         """What is removed of a block, bool like `costs` [columns, out]."""

@@ -26,10 +26,11 @@ def wanda_mask(weight: Tensor, gram: Tensor, count: int) -> Tensor:
 
 def swept(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     inverse = Metric.gram(gram).inverse_cholesky(1e-6)
-    values, kept, _ = remove_by_sweep(
+    swept = remove_by_sweep(
         weight, inverse, lambda start, block: ~keep.T[start : start + len(block)], choice_size=16, block_size=32
     )
-    assert torch.equal(kept, keep)
+    values = swept.weight
+    assert torch.equal(swept.keep, keep)
     return values
 
 
@@ -78,7 +79,8 @@ def test_costs_are_those_of_weights_that_hold_all_earlier_corrections(correlated
         shown[start] = costs.clone()
         return (torch.arange(len(costs))[:, None] % 2 == start // 64 * 2).expand(costs.shape)  # of the second: nothing
 
-    corrected, keep, _ = remove_by_sweep(weight, inverse, first_half, choice_size=64, block_size=64)
+    swept = remove_by_sweep(weight, inverse, first_half, choice_size=64, block_size=64)
+    corrected, keep = swept.weight, swept.keep
     assert bool(keep[:, 64:].all())
     pivots = inverse.factor.diagonal().square()
     torch.testing.assert_close(shown[0].T, weight[:, :64].square() / pivots[:64])

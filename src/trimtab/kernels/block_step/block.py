@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from trimtab.kernels.grid_matmul.weight import GridWeight
+from trimtab.kernels.sparse_matmul.weight import SparseWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class SparseTerm:
 class Layer:
     """y = x W^T, plus each term in their order, plus bias [out]; each sum is rounded to the dtype of x, and of bias."""
 
-    weight: GridWeight
+    weight: GridWeight | SparseWeight
     bias: Tensor | None = None
     terms: tuple[LowRankTerm | SparseTerm, ...] = ()
 

@@ -1,8 +1,8 @@
 """The C++ of native/block_step.cpp on CPU tensors, through ctypes, described to the library once.
 
 Numbers are rounded to the dtype of the model wherever the reference rounds them. Sums inside are float32 and products
-those of grid_matmul, so a result may differ from the reference's by a unit in the last place, and later ones by what
-that causes. Rows do not influence each other and neither does the number of threads.
+those of grid_matmul and sparse_matmul, so a result may differ from the reference's by a unit in the last place, and
+later ones by what that causes. Rows do not influence each other and neither does the number of threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor
 from trimtab.kernels import library
 from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm, SparseTerm
 from trimtab.kernels.grid_matmul import native
-from trimtab.kernels.library import DTYPES, BlockLinearStruct, BlockNormStruct, BlockStruct, BlockTermStruct
+from trimtab.kernels.grid_matmul.weight import GridWeight
+from trimtab.kernels.library import (
+    DTYPES,
+    BlockLinearStruct,
+    BlockNormStruct,
+    BlockStruct,
+    BlockTermStruct,
+    GridWeightStruct,
+)
+from trimtab.kernels.sparse_matmul import native as sparse_kernels
 from trimtab.kernels.terms import native as term_kernels
 
 MAX_ROWS = 8
@@ -41,7 +50,12 @@ def refuses(block: Block) -> str | None:
             return f"{name} is {tensor.dtype}, attention_norm {dtype}"
     probe = torch.empty(1, 1, dtype=dtype)
     for name, layer in block.layers().items():
-        if reason := native.refuses(probe, (layer.weight,)):
+        weight = layer.weight
+        if isinstance(weight, GridWeight):
+            reason = native.refuses(probe, (weight,))
+        else:
+            reason = sparse_kernels.refuses(probe, (weight,))
+        if reason:
             return f"{name}: {reason}"
     return block.misfit() or _refuses_term(block, dtype)
 
@@ -142,8 +156,14 @@ def _term(term: LowRankTerm | SparseTerm) -> BlockTermStruct:
 
 
 def _layer(layer: Layer, terms: ctypes.Array[BlockTermStruct]) -> BlockLinearStruct:
-    bias = None if layer.bias is None else layer.bias.data_ptr()
-    return BlockLinearStruct(native.describe(layer.weight), ctypes.addressof(terms), len(terms), bias)
+    weight, bias = layer.weight, None if layer.bias is None else layer.bias.data_ptr()
+    described = BlockLinearStruct(terms=ctypes.addressof(terms), term_count=len(terms), bias=bias)
+    if isinstance(weight, GridWeight):
+        described.weight = native.describe(weight)
+    else:
+        described.weight = GridWeightStruct(weight.out_features, weight.in_features)
+        described.sparse = sparse_kernels.describe(weight)
+    return described
 
 
 def _norm(norm: Norm) -> BlockNormStruct:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
+from trimtab.kernels.grid_matmul.weight import GridWeight
+from trimtab.kernels.sparse_matmul.reference import sparse_matmul_reference
 from trimtab.kernels.terms.reference import low_rank_add_reference, sparse_add_reference
 
 
@@ -28,7 +30,10 @@ def after_reference(block: Block, attended: Tensor, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, layer: Layer) -> Tensor:
-    y = grid_matmul_reference(x, (layer.weight,))[0]
+    if isinstance(layer.weight, GridWeight):
+        y = grid_matmul_reference(x, (layer.weight,))[0]
+    else:
+        y = sparse_matmul_reference(x, (layer.weight,))[0]
     for term in layer.terms:
         if isinstance(term, LowRankTerm):
             y = low_rank_add_reference(y, x, term.left, term.right)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define TT_ABI 4
+#define TT_ABI 5
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4, TT_BAD_INDEX = 5 };
@@ -24,6 +24,20 @@ struct tt_grid_weight {
   int32_t scale_dtype, zero_dtype;
 };
 
+// A weight [out][in] of which entries are left out. Row o keeps the columns of its bitmap, words [out][in / 64 rounded up],
+// whose bit j of word w is column 64 w + j. What it keeps is consecutive from offsets[o] on: numbers, or for dtype 4 bytes
+// of codes from -8 to 7, two to a byte, the lower four bits first, every word's from a new byte on; such a weight is
+// scale * code. Bitmap and offsets agree, and no bit is set beyond in: the caller has checked. Everything is contiguous.
+struct tt_sparse_weight {
+  int64_t out_features, in_features;
+  int64_t group_size;      // columns that share a scale, a multiple of 64; the last may be fewer
+  const uint64_t* bitmap;
+  const void* values;
+  const int32_t* offsets;  // [out + 1]
+  const uint16_t* scales;  // bfloat16 [out][in / group_size rounded up], or null
+  int32_t dtype;           // of the values, as in tt_grid_weight; 4: codes
+};
+
 // What a product has added to it: a low-rank term, right [rank][in] and left [out][rank], or one in compressed sparse
 // rows, offsets [out + 1] into values and columns. What the other kind has is null.
 struct tt_block_term {
@@ -33,9 +47,11 @@ struct tt_block_term {
   int32_t dtype;  // of factors (1, 2) or values (0 to 2), as in tt_grid_weight
 };
 
-// A linear layer of a block: the product, rounded; plus each term, rounded; plus a bias of the dtype of x, or null.
+// A linear layer of a block: the product, rounded; plus each term, rounded; plus a bias of the dtype of x, or null. With a
+// bitmap it multiplies by `sparse`, and of `weight` only the sizes count.
 struct tt_block_linear {
   tt_grid_weight weight;
+  tt_sparse_weight sparse;
   const tt_block_term* terms;
   int64_t term_count;
   const void* bias;
@@ -86,13 +102,6 @@ struct tt_codebook_problem {
   int32_t group_size;            // numbers of a vector: 4, 8, 16
   int32_t code_bytes;            // 1: at most 256 entries; 2
   int32_t x_dtype, scale_dtype;  // as in tt_grid_weight
-  int32_t isa;
-};
-
-struct tt_sparse_problem {
-  int64_t out_features, in_features;
-  int32_t dtype;    // of the values, as in tt_grid_weight
-  int32_t x_dtype;  // of x and out
   int32_t isa;
 };
 
@@ -158,15 +167,14 @@ TT_EXPORT int32_t tt_codebook_matmul(const tt_codebook_problem* problem, const v
 TT_EXPORT int32_t tt_codebook_dequantize(const tt_codebook_problem* problem, const void* codes, const void* codebooks,
                                          const void* scales, void* out, int64_t rows, int32_t threads);
 
-// out [rows][out] = x [rows][in] W^T. Row o of W keeps the columns of its bitmap, words [out][in / 64 rounded up], whose
-// bit j of word w is column 64 w + j; their values are consecutive from offsets[o] on, offsets [out + 1]. 1 to 8 rows, all
-// contiguous. Returns as above. Bitmap and offsets agree, and no bit is set beyond in: the caller has checked.
-TT_EXPORT int32_t tt_sparse_matmul(const tt_sparse_problem* problem, const void* x, const uint64_t* bitmap,
-                                   const void* values, const int32_t* offsets, void* out, int64_t rows, int32_t threads);
+// One x [rows][in] times each of `count` weights. out holds one [rows][out] after the other, of the dtype of x; 1 to 8
+// rows. Returns as above.
+TT_EXPORT int32_t tt_sparse_matmul(const tt_sparse_weight* weights, int64_t count, const void* x, void* out,
+                                   int64_t rows, int32_t dtype, int32_t isa, int32_t threads);
 
-// The dense rows [first, first + rows) of such a weight, [rows][in] of the problem's x_dtype.
-TT_EXPORT int32_t tt_sparse_dequantize(const tt_sparse_problem* problem, const uint64_t* bitmap, const void* values,
-                                       const int32_t* offsets, int64_t first, int64_t rows, void* out, int32_t threads);
+// The dense rows [first, first + rows) of such a weight, [rows][in] of `dtype`.
+TT_EXPORT int32_t tt_sparse_dequantize(const tt_sparse_weight* weight, int64_t first, int64_t rows, void* out,
+                                       int32_t dtype, int32_t threads);
 
 // out [rows][out] = (x where it counts) W^T + (x where it does not) right^T left^T; W by columns [in][out], scale [in] or
 // null: 1, right [rank][in] and left [out][rank]. 1 to 8 rows, all contiguous. Returns as above.

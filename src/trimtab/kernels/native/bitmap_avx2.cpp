@@ -29,6 +29,8 @@ struct Avx2Bitmap : Avx2Lanes<DTYPE> {
   using typename Base::stored;
   using typename Base::values;
   using input = float;
+  using reader = NumberReader<Avx2Bitmap>;
+  static constexpr BitmapInputs kInputs = kFloats;
   static constexpr int kStep = Base::kLanes;
 
   static values spread(values numbers, uint32_t bits) {
@@ -41,9 +43,19 @@ struct Avx2Bitmap : Avx2Lanes<DTYPE> {
   static values load_inputs(const float* p) { return Base::load_floats(p); }
 };
 
+struct Avx2Codes : Avx2Bitmap<0> {
+  using reader = CodeReader<Avx2Codes>;
+
+  static values expand(const int8_t* p, uint32_t bits) {
+    const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return spread(_mm256_cvtepi32_ps(codes), bits);
+  }
+  static sums add_scaled(sums total, sums own, float scale) { return _mm256_fmadd_ps(own, broadcast(scale), total); }
+};
+
 }  // namespace
 
-const BitmapKernels* bitmap_avx2(int32_t dtype) { return bitmap_table<Avx2Bitmap>(dtype); }
+const BitmapKernels* bitmap_avx2(int32_t dtype) { return bitmap_table<Avx2Bitmap, Avx2Codes>(dtype); }
 
 }  // namespace trimtab
 #else

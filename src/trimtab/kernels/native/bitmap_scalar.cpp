@@ -11,6 +11,8 @@ struct ScalarBitmap : ScalarLanes<DTYPE> {
   using typename Base::stored;
   using typename Base::values;
   using input = float;
+  using reader = NumberReader<ScalarBitmap>;
+  static constexpr BitmapInputs kInputs = kFloats;
   static constexpr int kStep = Base::kLanes;
 
   static values expand(const stored* p, uint32_t bits, int = 0) {
@@ -21,8 +23,21 @@ struct ScalarBitmap : ScalarLanes<DTYPE> {
   static values load_inputs(const float* p) { return Base::load_floats(p); }
 };
 
+struct ScalarCodes : ScalarBitmap<0> {
+  using reader = CodeReader<ScalarCodes>;
+
+  static values expand(const int8_t* p, uint32_t bits) {
+    values out{};
+    for (; bits; bits &= bits - 1) out.v[__builtin_ctz(bits)] = float(*p++);
+    return out;
+  }
+  static sums add_scaled(const sums& total, const sums& own, float scale) {
+    return add_products(total, own, broadcast(scale));
+  }
+};
+
 }  // namespace
 
-const BitmapKernels* bitmap_scalar(int32_t dtype) { return bitmap_table<ScalarBitmap>(dtype); }
+const BitmapKernels* bitmap_scalar(int32_t dtype) { return bitmap_table<ScalarBitmap, ScalarCodes>(dtype); }
 
 }  // namespace trimtab

@@ -4,11 +4,13 @@
 //   before: norm -> q, k, v -> biases -> norms of heads -> rotary embedding
 //   after:  o -> + x -> norm -> gate, up -> silu(gate) * up -> down -> + what went into the norm
 //
-// Each runs in one team of threads. grid_matmul computes the products; a thread finishes the rows that it computed.
+// Each runs in one team of threads. grid_matmul and sparse_matmul compute the products; a thread finishes the rows that it
+// computed.
 #include <deque>
 #include <new>
 
 #include "api.h"
+#include "bitmap_matmul.h"
 #include "block_rows.h"
 #include "grid_job.h"
 #include "grid_plan.h"
@@ -60,12 +62,22 @@ struct Site {
   const tt_block_linear* layers[3];
   void* outs[3];
   int64_t size = 0;
-  Products products;
+  Products products;                // of grids
+  std::vector<SparseJob> sparse;    // of bitmaps
   std::deque<LowRankState> states;  // of the low-rank terms in their order
 
   void plan(const Step& step, const void* x) {
-    products.size(size_t(size));
-    for (int64_t i = 0; i < size; ++i) plan_job(products, call(step, x), size_t(i), layers[i]->weight, outs[i]);
+    size_t grids = 0;
+    sparse.clear();
+    for (int64_t i = 0; i < size; ++i) grids += !layers[i]->sparse.bitmap;
+    products.size(grids);
+    for (int64_t i = 0, place = 0; i < size; ++i) {
+      if (layers[i]->sparse.bitmap) {
+        sparse.push_back(sparse_job(layers[i]->sparse, step.block.dtype, step.block.isa, outs[i]));
+      } else {
+        plan_job(products, call(step, x), size_t(place++), layers[i]->weight, outs[i]);
+      }
+    }
     place_inputs(products, call(step, x));
     each_low_rank([&](const LowRank& term, LowRankState& state) { state.size(term, step.count); });
   }
@@ -93,17 +105,12 @@ struct Site {
       inner_product(*step.halves[term.dtype], term, state, x, step.block.dtype, step.count, team);
     });
     run_packed(call(step, x), products, team);
+    run_sparse(sparse, x, step.block.dtype, step.count, team);
     if (inner) team.wait();  // for the inner products of the others
     widen(step, x);
-    size_t state = 0;
-    int64_t place = 0;
-    auto skip = [&](int64_t layer) {
-      for (int64_t t = 0; t < layers[layer]->term_count; ++t) state += layers[layer]->terms[t].right != nullptr;
-    };
-    each_share(products.jobs, team.id, team.count, [&](const Job& job, int64_t begin, int64_t end) {
-      for (; outs[place] != job.out; ++place) skip(place);
-      finish(step, *layers[place], job.out, plus, state, begin, end);
-    });
+    auto finish_job = [&](const auto& job, int64_t begin, int64_t end) { finish(step, job.out, plus, begin, end); };
+    each_share(products.jobs, team.id, team.count, finish_job);
+    each_sparse_share(sparse, team.id, team.count, finish_job);
   }
 
  private:
@@ -117,9 +124,14 @@ struct Site {
     wide.resize(size_t(count));
     for (int64_t i = 0; i < count; ++i) wide[size_t(i)] = load_number(x, step.block.dtype, i);
   }
-  // Outputs [begin, end) of a layer whose first low-rank state is states[state].
-  void finish(const Step& step, const tt_block_linear& layer, void* out, const void* plus, size_t state, int64_t begin,
-              int64_t end) {
+  // Outputs [begin, end) of the layer that writes to `out`.
+  void finish(const Step& step, void* out, const void* plus, int64_t begin, int64_t end) {
+    int64_t place = 0;
+    size_t state = 0;
+    for (; outs[place] != out; ++place) {
+      for (int64_t t = 0; t < layers[place]->term_count; ++t) state += layers[place]->terms[t].right != nullptr;
+    }
+    const tt_block_linear& layer = *layers[place];
     const int64_t features = layer.weight.out_features;
     for (int64_t t = 0; t < layer.term_count; ++t) {
       const tt_block_term& term = layer.terms[t];

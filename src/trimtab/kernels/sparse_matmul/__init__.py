@@ -1,24 +1,24 @@
-"""Multiply by a weight of which entries are left out, stored as a bitmap of what is kept and the kept values.
+"""Multiply by weights of which entries are left out, stored as a bitmap of what is kept and the kept values.
 
-At 50 % of 16-bit values this is 0.56 of the dense bytes, to read and to store. A 2:4 pattern takes the same bytes this
-way as with two-bit positions (one bit per column either way), and needs no kernel of its own on processors.
+At 50 % of 16-bit values this is 0.56 of the dense bytes, to read and to store; with 4-bit codes for values it is 3.25
+bits per weight in groups of 64. A 2:4 pattern takes the same bytes this way as with two-bit positions (one bit per
+column either way), and needs no kernel of its own on processors.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError
 from trimtab.kernels import library
 from trimtab.kernels.op import Backend, KernelOp
 from trimtab.kernels.sparse_matmul import native, triton
-from trimtab.kernels.sparse_matmul.bitmap import words
 from trimtab.kernels.sparse_matmul.reference import sparse_matmul_reference
+from trimtab.kernels.sparse_matmul.weight import SparseWeight, check_all
 
-__all__ = ["SPARSE_MATMUL", "sparse_matmul"]
+__all__ = ["SPARSE_MATMUL", "SparseWeight", "sparse_matmul", "sparse_matmul_many"]
 
 SPARSE_MATMUL = KernelOp(
     "sparse_matmul",
@@ -30,53 +30,21 @@ SPARSE_MATMUL = KernelOp(
 )
 
 
-def sparse_matmul(x: Tensor, bitmap: Tensor, values: Tensor, offsets: Tensor, in_features: int) -> Tensor:
-    """x [..., in] -> x @ W^T [..., out] in x.dtype, W zero but for what is kept.
-
-    x          float32, bfloat16 or float16
-    bitmap     int64 [out, words(in)], the layout of bitmap.py
-    values     [n] float32, bfloat16 or float16; row after row, columns ascending
-    offsets    int32 [out + 1]; row i owns values[offsets[i] : offsets[i + 1]]
+def sparse_matmul(x: Tensor, weight: SparseWeight) -> Tensor:
+    """x [..., in] float32, bfloat16 or float16 -> x @ W^T [..., out] in x.dtype.
 
     Sums are float32. What is left out is multiplied as the zero it is, so an x with NaN or infinity gives rows that are
     not finite. Values and inputs of bfloat16 may be taken as zero if they are subnormal (the native kernel does on a
-    processor with AVX-512 BF16). That bitmap and offsets agree is not checked: a checkpoint's are when it is loaded.
-    Raises ConfigError for shapes and dtypes that do not fit each other, KernelUnavailable if the environment demands a
-    backend that cannot run this.
+    processor with AVX-512 BF16). Raises ConfigError for shapes and dtypes that do not fit each other, KernelUnavailable
+    if the environment demands a backend that cannot run this.
     """
-    _check(
-        x.shape[-1:],
-        bitmap.shape,
-        bitmap.dtype,
-        values.shape,
-        values.dtype,
-        offsets.shape,
-        offsets.dtype,
-        in_features,
-    )
-    return SPARSE_MATMUL(x, bitmap, values, offsets, in_features)
+    return sparse_matmul_many(x, (weight,))[0]
 
 
-@functools.lru_cache(maxsize=4096)  # a model asks about few shapes, and asks for every token
-def _check(
-    last: torch.Size,
-    bitmap: torch.Size,
-    bitmap_dtype: torch.dtype,
-    values: torch.Size,
-    values_dtype: torch.dtype,
-    offsets: torch.Size,
-    offsets_dtype: torch.dtype,
-    in_features: int,
-) -> None:
-    if tuple(last) != (in_features,) or in_features < 1:
-        raise ConfigError(f"x ends in {list(last)}, but the weight has in_features={in_features}.")
-    if len(bitmap) != 2 or bitmap[1] != words(in_features) or bitmap_dtype != torch.int64:
-        raise ConfigError(
-            f"the bitmap is {bitmap_dtype} {list(bitmap)}; {in_features} inputs take int64 [out, {words(in_features)}]."
-        )
-    if len(values) != 1 or not values_dtype.is_floating_point:
-        raise ConfigError(f"values are {values_dtype} {list(values)}; they are a vector of floating-point numbers.")
-    if tuple(offsets) != (bitmap[0] + 1,) or offsets_dtype != torch.int32:
-        raise ConfigError(
-            f"offsets are {offsets_dtype} {list(offsets)}; {bitmap[0]} rows take int32 [{bitmap[0] + 1}]."
-        )
+def sparse_matmul_many(x: Tensor, weights: Sequence[SparseWeight]) -> tuple[Tensor, ...]:
+    """The product of x with each weight, all with the in_features of x: what `sparse_matmul` gives for each, in one
+    call, which saves the start of the native kernel's threads. Errors as in `sparse_matmul`."""
+    check_all(weights)
+    if x.ndim == 0 or x.shape[-1] != weights[0].in_features:
+        raise ConfigError(f"x ends in {list(x.shape[-1:])}, but the weight has in_features={weights[0].in_features}.")
+    return SPARSE_MATMUL(x, weights)

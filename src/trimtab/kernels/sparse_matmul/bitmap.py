@@ -1,7 +1,11 @@
-"""Which entries of a matrix are kept, as one bit each: the layout that the kernels read and checkpoints hold.
+"""Which entries of a matrix are kept, as one bit each, and codes of what is kept: the layouts that the kernels read and
+checkpoints hold.
 
 Rows are padded to words of 64 columns. Bit c % 64, the least significant first, of word c // 64 of row i says whether
 entry (i, c) is kept; as little-endian bytes, bit c % 8 of byte c // 8. Bits past the last column are 0.
+
+Codes are whole numbers from -8 to 7 in four bits, two to a byte, the first in the lower half. The kept entries of every
+word begin a new byte, so that a kernel finds them by counting bits; where their number is odd, half a byte is 0.
 """
 
 from __future__ import annotations
@@ -20,9 +24,8 @@ def words(columns: int) -> int:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool [rows, columns] -> int64 [rows, words(columns)]."""
-    rows, columns = mask.shape
-    padded = torch.nn.functional.pad(mask, (0, words(columns) * WORD - columns)).to(torch.uint8)
-    octets = (padded.view(rows, words(columns) * 8, 8) << _places(mask)).sum(-1, dtype=torch.uint8)
+    padded = _whole_words(mask).to(torch.uint8)
+    octets = (padded.view(len(mask), padded.shape[1] // 8, 8) << _places(mask)).sum(-1, dtype=torch.uint8)
     return octets.view(torch.int64)
 
 
@@ -30,6 +33,46 @@ def unpack_bits(bitmap: Tensor, columns: int) -> Tensor:
     """int64 [rows, words(columns)] -> bool [rows, columns], the inverse of `pack_bits`."""
     octets = bitmap.contiguous().view(torch.uint8)
     return (octets.unsqueeze(-1) >> _places(bitmap) & 1).bool().flatten(1)[:, :columns]
+
+
+def row_offsets(counts: Tensor) -> Tensor:
+    """Length of each row [rows] -> where it begins, and the end of the last, int64 [rows + 1]."""
+    return torch.nn.functional.pad(counts.long().cumsum(0), (1, 0))
+
+
+def code_bytes(mask: Tensor) -> Tensor:
+    """Bytes that the codes of each row take, int64 [rows], for the bool [rows, columns] of what is kept."""
+    return _word_bytes(mask).sum(1)
+
+
+def pack_codes(codes: Tensor, mask: Tensor) -> Tensor:
+    """Codes [n] from -8 to 7, row after row, columns ascending, of what bool [rows, columns] keeps -> uint8 bytes."""
+    halves = torch.zeros(2 * int(code_bytes(mask).sum()), dtype=torch.uint8, device=mask.device)
+    halves[_half_bytes(mask)] = codes.to(torch.int8).view(torch.uint8) & 15
+    return halves[::2] | halves[1::2] << 4
+
+
+def unpack_codes(packed: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `pack_codes`: int8 [n]."""
+    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()
+    return (halves[_half_bytes(mask)] ^ 8).view(torch.int8) - 8
+
+
+def _half_bytes(mask: Tensor) -> Tensor:
+    """Where the code of each kept entry is, in half bytes, int64 [n]."""
+    kept = _whole_words(mask).view(-1, WORD)
+    begins = row_offsets(_word_bytes(mask).flatten())[:-1]
+    return (2 * begins[:, None] + kept.cumsum(1) - 1)[kept]
+
+
+def _word_bytes(mask: Tensor) -> Tensor:
+    """int64 [rows, words]."""
+    return (_whole_words(mask).view(len(mask), words(mask.shape[1]), WORD).sum(-1) + 1) // 2
+
+
+def _whole_words(mask: Tensor) -> Tensor:
+    columns = mask.shape[1]
+    return torch.nn.functional.pad(mask, (0, words(columns) * WORD - columns))
 
 
 def _places(on: Tensor) -> Tensor:

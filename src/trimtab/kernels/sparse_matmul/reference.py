@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse_matmul.bitmap import unpack_bits
+from trimtab.kernels.sparse_matmul.bitmap import unpack_bits, unpack_codes
+from trimtab.kernels.sparse_matmul.weight import SparseWeight
 
 
-def dequantize(bitmap: Tensor, values: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight [out, in], zero where nothing is kept."""
-    kept = unpack_bits(bitmap, in_features)
+def dequantize(weight: SparseWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight [out, in], zero where nothing is kept; `scale * code` in float32, then rounded to `dtype`."""
+    kept = unpack_bits(weight.bitmap, weight.in_features)
+    values = weight.values
+    if weight.scales is not None:
+        scales = weight.scales.float().repeat_interleave(weight.group_size, dim=1)[:, : weight.in_features]
+        values = unpack_codes(values, kept) * scales[kept]
     dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
-    dense[kept] = values.to(dtype)
-    return dense
+    return dense.masked_scatter(kept, values.to(dtype))
 
 
-def sparse_matmul_reference(x: Tensor, bitmap: Tensor, values: Tensor, offsets: Tensor, in_features: int) -> Tensor:
-    """x [..., in] times the transpose of the dense weight: products and sums in float32, results in x.dtype."""
-    return torch.nn.functional.linear(x.float(), dequantize(bitmap, values, in_features)).to(x.dtype)
+def sparse_matmul_reference(x: Tensor, weights: Sequence[SparseWeight]) -> tuple[Tensor, ...]:
+    """x [..., in] times the transpose of each dense weight: products and sums in float32, results in x.dtype."""
+    return tuple(torch.nn.functional.linear(x.float(), dequantize(weight)).to(x.dtype) for weight in weights)

@@ -8,5 +8,5 @@
     plan.py        what was decided, as a table that can be stored, compared, merged and applied again
 
 The methods are files of the room (`magnitude`, `wanda`, ...): each supplies a score, and names its defaults for the
-rest (`weights/_pruner.py`). What a pruned linear becomes is a part: `tensors/bitmap.py`, `tensors/two_of_four.py`.
+rest (`weights/_pruner.py`). What a pruned linear becomes is a part: `tensors/bitmap.py`, `tensors/sparse_grid.py`.
 """

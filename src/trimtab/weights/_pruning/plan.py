@@ -3,7 +3,7 @@
 A plan names linears and blocks, and holds no weights. Kept units stay kept units: applying a plan twice is applying it
 once, and `merge` is what applying both would leave.
 
-On disk a plan is one safetensors file: a bit for each unit, as `tensors/bitmap.py` packs a row, and the table as JSON
+On disk a plan is one safetensors file: a bit for each unit, packed as a row of a bitmap, and the table as JSON
 in the header.
 """
 
@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import CheckpointError, CompositionError, TargetError
 from trimtab.core.files import atomic_file
+from trimtab.kernels.sparse_matmul.bitmap import pack_bits, unpack_bits, words
 from trimtab.models.info import info_of
 from trimtab.models.views import LinearView, ModelView
-from trimtab.tensors.bitmap import pack_bits, unpack_bits, words
 from trimtab.tensors.support import SupportPart
 from trimtab.weights._pruning.units import UnitKind, UnitMap
 

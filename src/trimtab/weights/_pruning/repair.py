@@ -11,12 +11,14 @@ so rows with one support share one solve (`repair_ls`), rows with their own cost
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError, NumericsError
 from trimtab.tensors.metric import InverseCholesky
+from trimtab.tensors.sparse_grid import column_scales, rounded
 from trimtab.weights._column_sweep import sweep
 
 _ESCALATIONS = 6
@@ -67,9 +69,26 @@ Choose = Callable[[int, Tensor], Tensor]
 """(first column, scores [columns, out]) -> bool [columns, out], true at what is removed of these columns."""
 
 
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A weight float32 [out, in] with zeros, what is kept of it bool [out, in], half of the objective that was reached,
+    and the scales bfloat16 [out, groups] on whose grid it is, if it was rounded."""
+
+    weight: Tensor
+    keep: Tensor
+    loss: float
+    scales: Tensor | None
+
+
 def remove_by_sweep(
-    weight: Tensor, inverse: InverseCholesky, choose: Choose, *, choice_size: int, block_size: int
-) -> tuple[Tensor, Tensor, float]:
+    weight: Tensor,
+    inverse: InverseCholesky,
+    choose: Choose,
+    *,
+    choice_size: int,
+    block_size: int,
+    rounded_group: int | None = None,
+) -> Swept:
     """Remove entries column by column, correcting the columns still to come (SparseGPT, arXiv:2301.00774).
 
     weight         [out, in]; entries of dead columns count as zero
@@ -77,21 +96,31 @@ def remove_by_sweep(
     choose         called before every `choice_size` columns with the cost w^2 / U_jj^2 of removing each entry of them,
                    as they are by then
     block_size     columns whose corrections are applied at once; a multiple of `choice_size`, or it cuts choices short
-
-    Returns the weight float32 [out, in], what is kept bool [out, in], and half of the objective reached.
+    rounded_group  columns that share a scale, where what is kept is rounded to a grid in the same pass, so that later
+                   columns make up for that too. Its scale is that of the group as it is when it is reached, without
+                   what is removed by then. A multiple or a divisor of `block_size`; None: nothing is rounded
     """
     columns = torch.where(inverse.dead, 0.0, weight.float()).T.contiguous()
     pivots = inverse.factor.diagonal().square()[:, None]
     removed = torch.zeros_like(columns, dtype=torch.bool)
+    scales: list[Tensor] = []
+    on_grid = torch.empty_like(columns) if rounded_group else columns
 
     def settled(i: int) -> Tensor:
         if i % choice_size == 0:
             chosen = slice(i, i + choice_size)
             removed[chosen] = choose(i, columns[chosen].square() / pivots[chosen])
-        return torch.where(removed[i], 0.0, columns[i])
+        if rounded_group is None:
+            return torch.where(removed[i], 0.0, columns[i])
+        if i % rounded_group == 0:
+            group = slice(i, i + rounded_group)
+            scales.append(column_scales(torch.where(removed[group], 0.0, columns[group]).T))
+        on_grid[i] = torch.where(removed[i], 0.0, rounded(columns[i], scales[-1]))
+        return on_grid[i]
 
     loss = sweep(columns, inverse.factor, lambda start: min(start + block_size, len(columns)), settled)
-    return columns.masked_fill_(removed, 0.0).T.contiguous(), ~removed.T.contiguous(), loss
+    found = on_grid.masked_fill_(removed, 0.0).T.contiguous()
+    return Swept(found, ~removed.T.contiguous(), loss, torch.stack(scales, dim=1) if scales else None)
 
 
 def damped_factor(system: Tensor, damp: float, mean: float) -> Tensor:
