@@ -38,9 +38,9 @@ from torch import Tensor
 from trimtab.core.errors import ConfigError, TargetError
 from trimtab.layers.base import LayerMethod, Notes, Replacement
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.tensors.bitmap import VALUE_DTYPES
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.sparse_inputs import Prefill, SparseInputs, column_norms
-from trimtab.tensors.support import VALUE_DTYPES
 
 if TYPE_CHECKING:
     from trimtab.models.planning import Planning
