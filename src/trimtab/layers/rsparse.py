@@ -38,8 +38,8 @@ from torch import Tensor
 from trimtab.core.errors import ConfigError, TargetError
 from trimtab.layers.base import LayerMethod, Notes, Replacement
 from trimtab.models.compressed_linear import CompressedLinear
-from trimtab.tensors.bitmap import VALUE_DTYPES
 from trimtab.tensors.compressed import CompressedTensor
+from trimtab.tensors.sparse import VALUE_DTYPES
 from trimtab.tensors.sparse_inputs import Prefill, SparseInputs, column_norms
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from trimtab.core.errors import CheckpointError, ConfigError
 from trimtab.kernels.gather_matmul import MAX_ROWS, gather_matmul
 from trimtab.kernels.gather_matmul.reference import counts
 from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
-from trimtab.tensors.bitmap import VALUE_DTYPES
 from trimtab.tensors.low_rank import svd
+from trimtab.tensors.sparse import VALUE_DTYPES
 
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
