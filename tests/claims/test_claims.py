@@ -76,6 +76,7 @@ NEGATIVE = (
     "Contrasting the last layer with an early one",
     "Choosing the early layer for each token",
     "Searching by chunks beats adding",
+    "Scoring neurons by what they add to the output",
     "Every metric has a best answer of its own",
 )
 """How those claims begin that do not hold on models as small as the reference ones; the journal says why."""
