@@ -14,8 +14,8 @@ _OPENERS = {"trimtab_session:open_trimtab": "makers:trimtab_maker", "peer_sessio
 def choose(systems: Sequence[str] | None = None) -> list[System]:
     """The systems to measure, in the order of the table; names as in `weight_decode.choose`, None: all.
 
-    A system without such a layer (llama.cpp's, the uncompressed model) is left out where it was not named. Raises ConfigError for unknown
-    names.
+    A system without such a layer (llama.cpp's, our uncompressed model) is left out where it was not named. Raises
+    ConfigError for unknown names.
     """
     chosen = weight_decode.choose(systems)
     return [
