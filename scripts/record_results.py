@@ -3,6 +3,8 @@
     python scripts/record_results.py compare    rtn and gptq at 2, 3, 4 and 8 bits on ref, all tasks
     python scripts/record_results.py weights    weight methods on ref, with outliers too, two texts [FILE [METHOD]]
     python scripts/record_results.py weights-peers    other libraries' quantizers and ours, where they are installed
+    python scripts/record_results.py pruning    methods that prune, slice or skip, likewise [FILE [METHOD]]
+    python scripts/record_results.py pruning-peers    llmcompressor's pruning and ours, where it is installed
     python scripts/record_results.py claims     every claim, or those of the systems named; status 3: one does not hold
     python scripts/record_results.py evaluate   all tasks on ref and ref-mini
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
@@ -25,7 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +84,39 @@ def weights(second_text: str | None = None, *methods: str) -> tuple[dict[str, An
     some methods, the others' entries being kept from the newest file."""
     from trimtab.evaluation.weights_survey import survey
 
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    text = None if second_text is None else Path(second_text)
-    document: dict[str, Any] = {"second_text": None if text is None else "/".join(text.parts[-2:])}
-    entries: list[dict[str, Any]] = []
-    if methods:
-        entries = [entry for entry in newest("weights")["entries"] if entry["method"] not in methods]
+    text, document = _second_text(second_text)
+    entries = _of_others("weights", methods)
     for surveyed, runs in SURVEYED:
         settings = [(n, options) for n, own in surveyed.items() for options in own if not methods or n in methods]
         if settings:
-            found = survey(settings, runs=runs, second_text=text, tell=tell)
+            found = survey(settings, runs=runs, second_text=text, tell=_tell)
             document = {**found, **document}
             entries += found["entries"]
     return {**document, "entries": entries}, 0
+
+
+def pruning(second_text: str | None = None, *methods: str) -> tuple[dict[str, Any], int]:
+    """Pruning, slicing and sparse inputs on `ref`, as `weights`."""
+    from trimtab.evaluation.pruning_survey import survey
+
+    text, document = _second_text(second_text)
+    found = survey(methods, second_text=text, tell=_tell)
+    return {**found, **document, "entries": _of_others("pruning", methods) + found["entries"]}, 0
+
+
+def _second_text(name: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The file, and how a document names it."""
+    text = None if name is None else Path(name)
+    return text, {"second_text": None if text is None else "/".join(text.parts[-2:])}
+
+
+def _of_others(theme: str, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Entries of the newest file that are of none of these methods; none if all are measured."""
+    return [entry for entry in newest(theme)["entries"] if entry["method"] not in methods] if methods else []
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def newest(theme: str) -> dict[str, Any]:
@@ -124,14 +144,14 @@ def caches() -> tuple[dict[str, Any], int]:
     """All methods of the cache room on `ref`."""
     from trimtab.evaluation.caches.survey import survey
 
-    return survey("ref", tell=lambda line: print(line, file=sys.stderr, flush=True)), 0
+    return survey("ref", tell=_tell), 0
 
 
 def acceptance() -> tuple[dict[str, Any], int]:
     """Tokens per forward pass of `ref` over the number of drafted sequences and their depth."""
     from trimtab.evaluation.acceptance import curve
 
-    return curve(lambda line: print(line, file=sys.stderr, flush=True)), 0
+    return curve(_tell), 0
 
 
 def decoding() -> tuple[dict[str, Any], int]:
@@ -143,16 +163,27 @@ def controlled_drafts() -> tuple[dict[str, Any], int]:
     """Drafting under the controller over plain decoding, good and useless drafts."""
     from trimtab.evaluation.controlled_drafts import survey
 
-    return survey(lambda line: print(line, file=sys.stderr, flush=True)), 0
+    return survey(_tell), 0
 
 
 def weights_peers() -> tuple[dict[str, Any], int]:
     """Other libraries' quantizers and ours at 2 and 3 bits on `ref`; run it where they are installed."""
     from trimtab.evaluation.weights_peers import measure
 
+    return _beside(measure(), "bits")
+
+
+def pruning_peers() -> tuple[dict[str, Any], int]:
+    """llmcompressor's pruning and ours at 50 % and 2:4 on `ref`; run it where it is installed."""
+    from trimtab.evaluation.pruning_peers import measure
+
+    return _beside(measure(), "sparsity")
+
+
+def _beside(measured: Iterable[dict[str, Any]], amount: str) -> tuple[dict[str, Any], int]:
     entries = []
-    for entry in measure():
-        print(entry["system"], entry["bits"], entry.get("error", ""), file=sys.stderr, flush=True)
+    for entry in measured:
+        _tell(f"{entry['system']} {entry[amount]} {entry.get('error', '')}")
         entries.append(entry)
     return {"entries": entries}, 0
 
@@ -216,6 +247,8 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "compare": compare,
     "weights": weights,
     "weights-peers": weights_peers,
+    "pruning": pruning,
+    "pruning-peers": pruning_peers,
     "claims": claims,
     "caches": caches,
     "acceptance": acceptance,
@@ -229,7 +262,7 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
 }
 
 
-TAKES_ARGUMENTS = ("claims", "weights")
+TAKES_ARGUMENTS = ("claims", "weights", "pruning")
 
 
 def machine_name(machine: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from trimtab.models.registration import register_when_transformers_loads
 if TYPE_CHECKING:
     from trimtab import cache as cache
     from trimtab import decoding as decoding
+    from trimtab import layers as layers
     from trimtab import weights as weights
     from trimtab.core.recipe import Recipe as Recipe
     from trimtab.evaluation import evaluate as evaluate
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from trimtab.models import export as export
     from trimtab.models import load as load
     from trimtab.models import save as save
-    from trimtab.weights import compress as compress
+    from trimtab.models.compression import compress as compress
 
 __version__ = "0.1.0"
 
@@ -39,11 +40,12 @@ __getattr__, __dir__ = lazy_exports(
         "save": "models",
         "export": "models",
         "ModelView": "models",
-        "compress": "weights",
+        "compress": "models.compression",
         "evaluate": "evaluation",
         "Recipe": "core.recipe",
         "cache": "cache",
         "decoding": "decoding",
+        "layers": "layers",
         "weights": "weights",
     },
 )

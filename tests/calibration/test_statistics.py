@@ -32,6 +32,7 @@ def assert_moments(stats: Stats, x: Tensor) -> None:
     exact = x.double()
     assert stats.count == len(x)
     torch.testing.assert_close(stats.abs_max, x.abs().amax(0))
+    torch.testing.assert_close(stats.mean, exact.mean(0).float())
     torch.testing.assert_close(stats.mean_abs, exact.abs().mean(0).float())
     torch.testing.assert_close(stats.second_moment, exact.square().mean(0).float())
     torch.testing.assert_close(stats.gram, (exact.T @ exact / len(x)).float(), rtol=1e-5, atol=1e-5)

@@ -13,7 +13,8 @@ from trimtab.evaluation.base import Estimate, Generate, LogLikelihood
 from trimtab.evaluation.client import LocalClient
 from trimtab.evaluation.outliers import Kind
 from trimtab.models import load, tokenizer_of
-from trimtab.weights import Rtn, compress
+from trimtab.models.compression import compress
+from trimtab.weights import Rtn
 
 BITS = (8, 4, 3, 2)
 

@@ -59,6 +59,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gblm", {"sparsity": "2:4", "value_dtype": "float16", "norm": "l2", "repair": "obs"}),
 ]
 
+SLICES: list[tuple[str, dict[str, Any]]] = [
+    ("neurons", {"sparsity": 0.3}),
+    ("neurons", {"sparsity": 0.3, "score": "random", "repair": "least_squares"}),
+    ("neurons", {"sparsity": 0.3, "score": "wanda", "round_to": 8}),
+    ("neurons", {"sparsity": 0.1, "score": "energy", "counted": "parameters"}),
+    ("neurons", {"sparsity": 0.3, "score": "energy_down", "repair": "least_squares"}),
+    ("neurons", {"sparsity": 0.2, "score": "ridge", "counted": "macs", "repair": "least_squares"}),
+    ("prunenet", {"sparsity": 0.3, "episodes": 2}),
+    ("prunenet", {"sparsity": 0.3, "episodes": 2, "action": "top_k", "update": "on_policy", "repair": "least_squares"}),
+    ("modegpt", {"sparsity": 0.3, "export": "uniform", "round_to": 1}),
+    ("modegpt", {"sparsity": 0.3, "export": "uniform", "score": "energy_down", "repair": "none"}),
+]
+"""Methods whose result is a smaller dense model, here with MLPs of one width; for test_slicing_suite.py."""
+
 _SPARSITIES: list[dict[str, Any]] = [{"sparsity": share} for share in (0.7, 0.5, 0.25, 0.1)]
 
 LADDERS: dict[str, list[dict[str, Any]]] = {
@@ -89,4 +103,7 @@ def largest_error(options: dict[str, Any]) -> float:
     return 0.3 if "sparsity" in options else {2: 0.6, 3: 0.15, 4: 0.03, 8: 1e-3}[least_bits(options)]
 
 
-IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in CASES]
+IDS, SLICE_IDS = (
+    [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in cases]
+    for cases in (CASES, SLICES)
+)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compression import compress_to
 from trimtab.models.random import random_model
-from trimtab.weights._compress import compress_to
 from trimtab.weights.gptq import Gptq
 
 GPTQ = Gptq(bits=3, group_size=16)

@@ -238,9 +238,11 @@ def test_unknown_mode_is_refused(calibration: CalibrationSet) -> None:
     expect_unchanged(model, lambda: quietly(model, GPTQ, calibration, mode="sparse"), ConfigError, "dense, sequential")
 
 
-def test_recipes_that_are_not_one_step_of_this_room_are_refused() -> None:
+def test_recipes_without_a_step_of_this_room_or_with_too_many_are_refused() -> None:
     model = random_model("llama")
-    expect_unchanged(model, lambda: quietly(model, Recipe(())), ConfigError, "one step of the weights room, not none")
+    expect_unchanged(
+        model, lambda: quietly(model, Recipe(())), ConfigError, "at least one method of the rooms weights and layers"
+    )
     with pytest.raises(CompositionError, match="already compressed by 'rtn'"):
         Recipe.of(Rtn(), GPTQ)
 

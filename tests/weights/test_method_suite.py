@@ -25,7 +25,7 @@ from trimtab.models.random import ALL_FAMILIES, random_model
 from trimtab.models.views import ModelView
 from trimtab.weights.base import WeightMethod
 
-from .cases import CASES, IDS, LADDERS, WITH_FEW_TARGETS, largest_error, least_bits
+from .cases import CASES, IDS, LADDERS, SLICES, WITH_FEW_TARGETS, largest_error, least_bits
 
 TOKENS = torch.randint(3, 131, (2, 20), generator=torch.Generator().manual_seed(5))
 case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -60,7 +60,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def test_every_method_has_a_case() -> None:
-    assert {name for name, _ in CASES} == {info.name for info in methods().values() if info.room == "weights"}
+    assert {name for name, _ in (*CASES, *SLICES)} == {
+        info.name for info in methods().values() if info.room == "weights"
+    }
 
 
 @first_of_each

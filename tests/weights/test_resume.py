@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from trimtab.core.errors import CheckpointError, OutputError
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compression import compress
 from trimtab.models.random import random_model
 from trimtab.weights import _state
-from trimtab.weights._compress import compress
 from trimtab.weights.gptq import Gptq
 from trimtab.weights.rtn import Rtn
 

@@ -87,7 +87,7 @@ class Setting:
     text        calibration text; None: the prose that comes with trimtab
     sequences   calibration sequences
     length      tokens of each; None: the model's context, at most 2,048
-    mode        "sequential" or "dense" calibration
+    mode        "sequential" or "dense" calibration; None: each method's own
     prompt      if given, each row continues it by `sample_tokens` tokens, drawn at `temperature` (0: the likeliest)
                 with the same random numbers
     """
@@ -98,7 +98,7 @@ class Setting:
     text: Path | None = None
     sequences: int = 128
     length: int | None = None
-    mode: Literal["sequential", "dense"] = "sequential"
+    mode: Literal["sequential", "dense"] | None = None
     seed: int = 0
     device: str | None = None
     prompt: str | None = None
@@ -170,7 +170,7 @@ def _config(setting: Setting, variant: Variant) -> dict[str, Any]:
 
 def _compress(model: PreTrainedModel, setting: Setting, recipe: Recipe) -> None:
     from trimtab.app.cli.compress import calibration_of
-    from trimtab.weights import compress
+    from trimtab.models.compression import compress
 
     calibration = calibration_of(model, recipe, setting.text, setting.sequences, setting.length, setting.seed)
     compress(model, recipe, calibration=calibration, mode=setting.mode, seed=setting.seed)

@@ -27,7 +27,8 @@ from trimtab.decoding.dola import Dola
 from trimtab.evaluation import statistics
 from trimtab.evaluation.base import Estimate
 from trimtab.models import load, tokenizer_of
-from trimtab.weights import Rtn, compress
+from trimtab.models.compression import compress
+from trimtab.weights import Rtn
 from trimtab.world.types import Example
 
 __all__ = ["CLAIMS"]

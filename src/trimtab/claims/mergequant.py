@@ -9,10 +9,11 @@ from trimtab.claims.base import Claim, Outcome
 from trimtab.core.registry import method_info
 from trimtab.evaluation.outliers import Kind
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compression import compress
 from trimtab.models.info import tokenizer_of
 from trimtab.models.views import ModelView
 from trimtab.tensors.activations import ActivationGrid
-from trimtab.weights import Mergequant, Rtn, compress
+from trimtab.weights import Mergequant, Rtn
 from trimtab.weights.base import WeightMethod
 
 __all__ = ["CLAIMS"]

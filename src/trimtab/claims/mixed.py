@@ -15,8 +15,9 @@ from trimtab.core.registry import method_info
 from trimtab.evaluation import Divergence, divergence
 from trimtab.models import load, tokenizer_of
 from trimtab.models.calibration import CalibrationSet
+from trimtab.models.compression import compress
 from trimtab.models.info import info_of
-from trimtab.weights import Gptq, Mixed, Rtn, compress
+from trimtab.weights import Gptq, Mixed, Rtn
 from trimtab.weights.base import WeightMethod
 
 __all__ = ["CLAIMS"]

@@ -12,8 +12,9 @@ from trimtab.core.registry import method_info
 from trimtab.evaluation import Divergence, NextTokens, divergence
 from trimtab.models import load, tokenizer_of
 from trimtab.models.calibration import CalibrationSet
+from trimtab.models.compression import compress
 from trimtab.models.info import info_of
-from trimtab.weights import PvTuning, compress
+from trimtab.weights import PvTuning
 from trimtab.weights.pv_tuning import Mode
 
 __all__ = ["CLAIMS"]

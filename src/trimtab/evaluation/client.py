@@ -22,6 +22,7 @@ from trimtab.evaluation.base import Generate, LogLikelihood, Request, Response
 from trimtab.evaluation.caches.decoding import CHUNK, chunked_logits
 from trimtab.evaluation.encoding import Encoder, Forward, Scored, batches, forwards
 from trimtab.evaluation.stop_strings import cut_at_stop
+from trimtab.tensors.sparse_inputs import every_token_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -311,11 +312,14 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients, and the mode the model had before afterwards."""
+    """Evaluation mode without gradients, and the mode the model had before afterwards.
+
+    Every token is computed as a decoded one is, also those of a prompt that a layer would otherwise read densely.
+    """
     training = model.training
     model.train(False)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), every_token_sparse():
             yield
     finally:
         model.train(training)

@@ -6,7 +6,6 @@ KL to the original on held-out prose. Bits per weight are those of the files tha
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from trimtab.evaluation.beside.child import memory
 from trimtab.evaluation.kl import NextTokens, divergence
 from trimtab.evaluation.weight_decode.quantizing import llmcompressor_gptq
 from trimtab.models import ledger_of, load, tokenizer_of
@@ -76,12 +76,14 @@ def hqq(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
     return bits + 2 * 16 / GROUP
 
 
-def _ours(name: str, **options: Any) -> Quantize:
-    def run(model: PreTrainedModel, text: CalibrationSet, bits: int) -> float:
-        from trimtab.core.recipe import Recipe
-        from trimtab.weights import compress
+def ours(name: str, amount: str = "bits", **options: Any) -> Callable[[PreTrainedModel, CalibrationSet, Any], float]:
+    """A method of the weights room; `amount` is the option that says how much."""
 
-        recipe = Recipe.from_dict({"steps": [{"method": name, "bits": bits, **options}]}, source=name)
+    def run(model: PreTrainedModel, text: CalibrationSet, value: Any) -> float:
+        from trimtab.core.recipe import Recipe
+        from trimtab.models.compression import compress
+
+        recipe = Recipe.from_dict({"steps": [{"method": name, amount: value, **options}]}, source=name)
         compress(model, recipe, calibration=text, progress=False)
         found = ledger_of(model).bits_per_weight
         assert found is not None
@@ -91,13 +93,13 @@ def _ours(name: str, **options: Any) -> Quantize:
 
 
 SYSTEMS: dict[str, tuple[str, Quantize]] = {
-    "trimtab/gptq": ("trimtab", _ours("gptq")),
-    "trimtab/gptq act-order": ("trimtab", _ours("gptq", act_order=True)),
-    "trimtab/awq": ("trimtab", _ours("awq")),
-    "trimtab/hqq": ("trimtab", _ours("hqq")),
-    "trimtab/pv_tuning": ("trimtab", _ours("pv_tuning")),
-    "trimtab/vq": ("trimtab", _ours("vq")),
-    "trimtab/pv_tuning of vq": ("trimtab", _ours("pv_tuning", base="vq")),
+    "trimtab/gptq": ("trimtab", ours("gptq")),
+    "trimtab/gptq act-order": ("trimtab", ours("gptq", act_order=True)),
+    "trimtab/awq": ("trimtab", ours("awq")),
+    "trimtab/hqq": ("trimtab", ours("hqq")),
+    "trimtab/pv_tuning": ("trimtab", ours("pv_tuning")),
+    "trimtab/vq": ("trimtab", ours("vq")),
+    "trimtab/pv_tuning of vq": ("trimtab", ours("pv_tuning", base="vq")),
     "llmcompressor/gptq": ("llmcompressor", llmcompressor),
     "auto-round": ("auto-round", auto_round),
     "hqq": ("hqq", hqq),
@@ -105,36 +107,54 @@ SYSTEMS: dict[str, tuple[str, Quantize]] = {
 
 
 def measure(model: str = "ref", bits: Sequence[int] = (2, 3), processes: int = 2) -> Iterator[dict[str, Any]]:
-    """One entry for each system and number of bits: KL, seconds, or the error that stopped it.
+    """One entry for each system and number of bits: KL, seconds, peak memory, or the error that stopped it.
 
     processes   systems measured at a time, each with one thread
     """
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        jobs = [(model, system, count) for system in SYSTEMS for count in bits]
-        yield from pool.map(_entry, *zip(*jobs, strict=True))
+    jobs = [(model, system, count) for system in SYSTEMS for count in bits]
+    yield from each_alone(_entry, jobs, processes)
+
+
+def each_alone(entry: Callable[..., dict[str, Any]], jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Any]:
+    """`entry` of each job in a process of its own with one thread, some at a time: peaks of memory are its own."""
+    alone: dict[str, Any] = {"max_tasks_per_child": 1, "mp_context": get_context("spawn")}
+    with ProcessPoolExecutor(processes, initializer=_one_thread, **alone) as pool:
+        yield from pool.map(entry, *zip(*jobs, strict=True))
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@functools.cache
-def _predictions(model: str) -> NextTokens:
-    return NextTokens.of(load(model, dtype=torch.float32), windows=WINDOWS)
-
-
 def _entry(model: str, system: str, bits: int) -> dict[str, Any]:
     package, quantize = SYSTEMS[system]
+    return {"system": system, "bits": bits, "group_size": GROUP, **figures(model, package, quantize, bits)}
+
+
+def figures(
+    model: str, package: str, compress: Callable[[PreTrainedModel, CalibrationSet, Any], float], amount: Any
+) -> dict[str, Any]:
+    """Version, seconds, peak memory, stored bits per weight and KL of one system; or its error.
+
+    compress   (model, text, amount) -> stored bits per weight, everything; changes the model in place
+    """
     subject = load(model, dtype=torch.float32)
     text = CalibrationSet.from_text(None, tokenizer_of(subject), sequences=SEQUENCES, length=LENGTH)
-    entry: dict[str, Any] = {"system": system, "bits": bits, "group_size": GROUP, "calibration_tokens": text.count}
-    started = time.perf_counter()
+    entry: dict[str, Any] = {"calibration_tokens": text.count}
     try:
         version = importlib.metadata.version(package)
-        stored = quantize(subject, text, bits)
+        importlib.import_module(package.replace("-", "_"))  # which takes some of them seconds
+        started = time.perf_counter()
+        stored = compress(subject, text, amount)
     except Exception as error:  # another library's, or it is not installed: its row says so
         return {**entry, "error": f"{type(error).__name__}: {error}"}
-    seconds = time.perf_counter() - started
-    moved = divergence(subject, _predictions(model)).estimates()
-    figures = {name: estimate.to_dict() for name, estimate in moved.items()}
-    return {**entry, "version": version, "seconds": seconds, "bits_per_weight": stored, "prose": figures}
+    seconds, peak = time.perf_counter() - started, memory("VmHWM")
+    moved = divergence(subject, NextTokens.of(load(model, dtype=torch.float32), windows=WINDOWS)).estimates()
+    return {
+        **entry,
+        "version": version,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "bits_per_weight": stored,
+        "prose": {name: estimate.to_dict() for name, estimate in moved.items()},
+    }

@@ -1,4 +1,4 @@
-"""All weight methods on one model: several seeds, with and without outlier channels, on two texts.
+"""Methods that change weights or layers on one model: several seeds, with and without outlier channels, on two texts.
 
 plain       the model as it is
 outliers    function-preserving outlier channels injected into the activations, as large models have them
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from trimtab.core.ledger import Ledger
 from trimtab.core.recipe import Recipe
 from trimtab.evaluation._evaluate import evaluate
 from trimtab.evaluation.kl import NextTokens, divergence
 from trimtab.evaluation.outliers import inject_outliers
-from trimtab.models import info_of, ledger_of, load, tokenizer_of
+from trimtab.models import ledger_of, load, tokenizer_of
 from trimtab.models.calibration_set import CalibrationSet
+from trimtab.models.compression import compress
 
 Runs = Sequence[tuple[str, int]]
 """(condition, seed) of each time that a method is run."""
@@ -43,26 +45,27 @@ def survey(
     *,
     runs: Runs = (("plain", 0), ("outliers", 0)),
     second_text: Path | None = None,
+    tasks: Sequence[str] = TASKS,
     processes: int = 2,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """`{"entries": [{label, method, options, runs: [{condition, seed, ...figures}]}]}`, all JSON values.
 
-    settings       (method of the weights room, its options)
+    settings       (method of the weights or the layers room, its options)
     runs           of every method; the tasks are asked after the first of them
     second_text    beside the held-out prose; never used to calibrate
     processes      methods measured at a time, each with one thread
     """
     calibration = {"sequences": SEQUENCES, "length": LENGTH}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        baseline = pool.submit(_uncompressed_tasks, model)
-        futures = [pool.submit(_entry, model, n, dict(o), second_text, runs) for n, o in settings]
+        baseline = pool.submit(_uncompressed, model, tasks)
+        futures = [pool.submit(_entry, model, n, dict(o), second_text, runs, tasks) for n, o in settings]
         entries = []
         for future in futures:
             entries.append(future.result())
             tell(f"[{len(entries)}/{len(futures)}] {entries[-1]['label']}")
-        tasks = baseline.result()
-    return {"model": model, "windows": WINDOWS, "calibration": calibration, "uncompressed": tasks, "entries": entries}
+        whole = baseline.result()
+    return {"model": model, "windows": WINDOWS, "calibration": calibration, **whole, "entries": entries}
 
 
 def _one_thread() -> None:
@@ -80,6 +83,7 @@ def _entry(
     options: dict[str, Any],
     second_text: Path | None,
     asked: Runs,
+    names: Sequence[str],
 ) -> dict[str, Any]:
     recipe = Recipe.from_dict({"steps": [{"method": name, **options}]}, source=name)
     runs = []
@@ -87,28 +91,32 @@ def _entry(
     for condition, seed in asked:
         run, subject = _run(model, recipe, second_text, condition, seed)
         runs.append(run)
-        tasks = tasks or _tasks(subject)
+        tasks = tasks or _tasks(subject, names)
     shown = [f"{key}={value}" for key, value in options.items() if key != "bits"]
     bits = recipe.steps[0].options.get("bits")
     label = " ".join([name, *([] if bits is None else [f"{bits}-bit"]), ", ".join(shown)]).strip()
     return {"label": label, "method": name, "options": recipe.steps[0].options, "runs": runs, "tasks": tasks}
 
 
-def _uncompressed_tasks(model: str) -> dict[str, Any]:
-    return _tasks(load(model, dtype=torch.float32))
+def _uncompressed(model: str, tasks: Sequence[str]) -> dict[str, Any]:
+    whole = load(model, dtype=torch.float32)
+    return {"uncompressed": _tasks(whole, tasks), "uncompressed_ledger": _ledger(whole).to_dict()}
 
 
-def _tasks(subject: PreTrainedModel) -> dict[str, Any]:
+def _tasks(subject: PreTrainedModel, tasks: Sequence[str]) -> dict[str, Any]:
     """The main metric of each task."""
-    found = evaluate(subject, TASKS, limit=DOCUMENTS)
+    found = evaluate(subject, tasks, limit=DOCUMENTS)
     return {name: next(iter(result.metrics.values())).to_dict() for name, result in found.items()}
+
+
+def _ledger(subject: PreTrainedModel) -> Ledger:
+    """With dense parts in bfloat16."""
+    return ledger_of(torch.nn.Module.bfloat16(copy.deepcopy(subject)))
 
 
 def _run(
     model: str, recipe: Recipe, second_text: Path | None, condition: str, seed: int
 ) -> tuple[dict[str, Any], PreTrainedModel]:
-    from trimtab.weights import compress
-
     subject: PreTrainedModel = load(model, dtype=torch.float32)
     if condition == "outliers":
         inject_outliers(subject, kind="activations", seed=seed)
@@ -121,14 +129,14 @@ def _run(
     for key, path in texts.items():
         moved = divergence(subject, _predictions(model, path)).estimates()
         figures[key] = {name: estimate.to_dict() for name, estimate in moved.items()}
-    record = info_of(subject).record
-    assert record is not None
-    ledger = ledger_of(torch.nn.Module.bfloat16(copy.deepcopy(subject)))
+    ledger = _ledger(subject)
     figures_of_run = {
         "condition": condition,
         "seed": seed,
         "seconds": seconds,
         "bytes_at_rest": ledger.bytes_at_rest,
+        "bytes_read_per_token": ledger.bytes_read_per_token,
+        "macs_per_token": ledger.macs_per_token,
         "bits_per_weight": ledger.bits_per_weight,
         "texts": figures,
     }

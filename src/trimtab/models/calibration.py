@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trimtab.core.errors import DataError, NumericsError
 from trimtab.models.calibration_set import CalibrationSet
@@ -57,7 +58,6 @@ class BlockStream:
         self.seed = seed
         # modules rather than the view, which would keep every linear alive after it is replaced
         self._model = view.model
-        self._embedding = view.embedding
         self._blocks = tuple(block.module for block in view.blocks)
         context = getattr(view.model.config, "max_position_embeddings", None)
         if context is not None and calibration.length > context:
@@ -179,20 +179,24 @@ class BlockStream:
         return result
 
     def _forward(self, rows: slice) -> None:
-        """Run the model without its output head on some sequences, in evaluation mode and without gradients."""
-        device = next(self._embedding.parameters()).device
-        mask = self.calibration.mask[rows]
-        training = self._model.training
-        self._model.train(False)
-        try:
-            with torch.no_grad():
-                self._model.base_model(
-                    input_ids=self.calibration.tokens[rows].to(device),
-                    attention_mask=None if bool(mask.all()) else mask.to(device=device, dtype=torch.int64),
-                    use_cache=False,
-                )
-        finally:
-            self._model.train(training)
+        run_blocks(self._model, self.calibration, rows)
+
+
+def run_blocks(model: PreTrainedModel, calibration: CalibrationSet, rows: slice) -> None:
+    """Run the model without its output head on some sequences, in evaluation mode and without gradients."""
+    device = next(model.get_input_embeddings().parameters()).device
+    mask = calibration.mask[rows]
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            model.base_model(
+                input_ids=calibration.tokens[rows].to(device),
+                attention_mask=None if bool(mask.all()) else mask.to(device=device, dtype=torch.int64),
+                use_cache=False,
+            )
+    finally:
+        model.train(training)
 
 
 @contextmanager

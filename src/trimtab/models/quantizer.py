@@ -38,6 +38,7 @@ class TrimtabQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a trimtab checkpoint.
 
     layers      name of a linear layer -> spec of the compressed tensor that stands there
+    narrow      name of a linear layer -> shape and bias, where they are not as the rest of the configuration says
     model_type  of the model that was saved; the same specs do not fit another
     """
 
@@ -48,6 +49,7 @@ class TrimtabQuantizationConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         trimtab_version: str = "",
         quant_method: str = METHOD,
+        narrow: Mapping[str, Mapping[str, Any]] | None = None,
         **newer: Any,
     ) -> None:
         # options of newer formats are kept unread until the quantizer has looked at the version
@@ -56,10 +58,13 @@ class TrimtabQuantizationConfig(QuantizationConfigMixin):
         self.trimtab_version = trimtab_version
         self.model_type = model_type
         self.layers = layers
+        self.narrow = dict(narrow or {})
         self.newer = newer
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
+        if not self.narrow:
+            del data["narrow"]
         return {**data.pop("newer"), **data}
 
     def __repr__(self) -> str:
@@ -101,6 +106,9 @@ class TrimtabQuantizer(HfQuantizer):
                 f"{self._source}: config.json describes a model of type '{model.config.model_type}', "
                 f"but the compressed layers were saved from '{expected}'."
             )
+        from trimtab.models.narrow import place_narrow  # which needs transformers' models
+
+        place_narrow(model, self.quantization_config.narrow, self._source)
         layers = self._placed_layers(model)
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             self._check_stored([Path(file) for file in checkpoint_files], layers)

@@ -20,6 +20,7 @@ from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.counting import ledger_of
 from trimtab.models.fitted_caches import write_fitted
 from trimtab.models.info import info_of, stored_tensors
+from trimtab.models.narrow import narrow_linears
 from trimtab.models.quantizer import TrimtabQuantizationConfig
 
 MAX_SHARD_SIZE = "5GB"
@@ -73,11 +74,13 @@ def quiet(*, large: bool) -> Iterator[None]:
 
 
 def describe(model: PreTrainedModel) -> None:
-    """Make `model.config` describe the compressed layers the model has now, so that whoever saves it saves that too."""
+    """Make `model.config` describe the compressed and the narrow layers that the model has now, so that whoever saves
+    it saves that too."""
     layers = {name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    if layers:
+    narrow = narrow_linears(model)
+    if layers or narrow:
         model.config.quantization_config = TrimtabQuantizationConfig(
-            layers, str(model.config.model_type), FORMAT_VERSION, trimtab.__version__
+            layers, str(model.config.model_type), FORMAT_VERSION, trimtab.__version__, narrow=narrow
         )
 
 

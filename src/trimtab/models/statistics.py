@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.core.errors import NumericsError
 
-Need = Literal["abs_max", "mean_abs", "second_moment", "gram", "reservoir"]
+Need = Literal["abs_max", "mean", "mean_abs", "second_moment", "gram", "reservoir"]
 RESERVOIR_ROWS = 512
 
 
@@ -30,6 +30,7 @@ class Stats:
 
     count           tokens seen
     abs_max         [in]      max |x_j|
+    mean            [in]      E[x_j]
     mean_abs        [in]      E|x_j|
     second_moment   [in]      E[x_j^2]
     gram            [in, in]  E[x x^T]
@@ -39,6 +40,7 @@ class Stats:
     site: str
     count: int
     abs_max: Tensor | None = None
+    mean: Tensor | None = None
     mean_abs: Tensor | None = None
     second_moment: Tensor | None = None
     gram: Tensor | None = None
@@ -117,6 +119,13 @@ class RunningMean(Accumulator):
         return self.mean.float()
 
 
+class Mean(RunningMean):
+    """E[x_j], in float64."""
+
+    def chunk_mean(self, rows: Tensor) -> Tensor:
+        return rows.mean(dim=0, dtype=torch.float64)
+
+
 class MeanAbs(RunningMean):
     """E|x_j|, in float64."""
 
@@ -188,6 +197,7 @@ class Reservoir(Accumulator):
 
 ACCUMULATORS: dict[Need, type[Accumulator]] = {
     "abs_max": AbsMax,
+    "mean": Mean,
     "mean_abs": MeanAbs,
     "second_moment": SecondMoment,
     "gram": Gram,

@@ -103,6 +103,7 @@ class AttentionView:
 
     norm              its output is what q, k and v read
     rotary            queries and keys are rotated by position
+    head_dim          of queries and keys; `value_dim` of values, which only narrow attention has different
     rotary_dim        leading dimensions of each head that are rotated, pairs (j, j + rotary_dim / 2); 0 if none
     q_norm, k_norm    norms of each head's query and key before rotation, where the family has them (Qwen3, Gemma 3)
     post_norm         norm between this attention and the residual stream, where there is one (Gemma 2 and 3)
@@ -114,6 +115,7 @@ class AttentionView:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
     rotary: bool
     rotary_dim: int = 0
     q_norm: nn.Module | None = None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from trimtab.tensors.rotation import Rotation as Rotation
     from trimtab.tensors.sparse import SparseOutliers as SparseOutliers
     from trimtab.tensors.sparse_grid import SparseGrid as SparseGrid
+    from trimtab.tensors.sparse_inputs import SparseInputs as SparseInputs
+    from trimtab.tensors.sparse_inputs import every_token_sparse as every_token_sparse
     from trimtab.tensors.table import LevelTable as LevelTable
     from trimtab.tensors.table import TableFormat as TableFormat
     from trimtab.tensors.transform import Chain as Chain
@@ -49,6 +51,8 @@ __getattr__, __dir__ = lazy_exports(
         "NestedFormat": "nested_scales",
         "Rotation": "rotation",
         "SparseOutliers": "sparse",
+        "SparseInputs": "sparse_inputs",
+        "every_token_sparse": "sparse_inputs",
         "SparseGrid": "sparse_grid",
         "LevelTable": "table",
         "TableFormat": "table",

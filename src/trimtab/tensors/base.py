@@ -24,7 +24,7 @@ from trimtab.kernels.sparse_matmul import SparseWeight
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
 
-_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "sparse_grid")
+_PART_MODULES = ("grid", "low_rank", "sparse", "binary", "table", "codebook", "bitmap", "sparse_grid", "sparse_inputs")
 PART_KINDS: dict[str, type[Part]] = {}
 """kind -> class, filled as parts are defined (`part_class` imports them all). Checkpoints load nothing else."""
 
@@ -130,6 +130,11 @@ class Part(ABC):
     def nbytes(self) -> int:
         """Bytes of all buffers, padding included."""
         return sum(t.numel() * t.element_size() for t in self.state().values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one decoded token reads, on average; all of them, unless which ones depends on the token."""
+        return self.nbytes
 
 
 def part_class(spec: Mapping[str, Any]) -> type[Part]:

@@ -8,8 +8,6 @@ from trimtab.core.lazy import lazy_exports
 from trimtab.core.registry import room_exports
 
 if TYPE_CHECKING:
-    from trimtab.weights._compress import compress as compress
-    from trimtab.weights._compress import compress_to as compress_to
     from trimtab.weights.awq import Awq as Awq
     from trimtab.weights.gblm import Gblm as Gblm
     from trimtab.weights.gptq import Gptq as Gptq
@@ -19,7 +17,10 @@ if TYPE_CHECKING:
     from trimtab.weights.magnitude import Magnitude as Magnitude
     from trimtab.weights.mergequant import Mergequant as Mergequant
     from trimtab.weights.mixed import Mixed as Mixed
+    from trimtab.weights.modegpt import MoDeGpt as MoDeGpt
+    from trimtab.weights.neurons import Neurons as Neurons
     from trimtab.weights.nf import Nf as Nf
+    from trimtab.weights.prunenet import PruneNet as PruneNet
     from trimtab.weights.pv_tuning import PvTuning as PvTuning
     from trimtab.weights.qbb import Qbb as Qbb
     from trimtab.weights.qllm import Qllm as Qllm
@@ -28,6 +29,4 @@ if TYPE_CHECKING:
     from trimtab.weights.vq import Vq as Vq
     from trimtab.weights.wanda import Wanda as Wanda
 
-__getattr__, __dir__ = lazy_exports(
-    __name__, {"compress": "_compress", "compress_to": "_compress", **room_exports("weights")}
-)
+__getattr__, __dir__ = lazy_exports(__name__, room_exports("weights"))

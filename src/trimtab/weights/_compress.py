@@ -3,155 +3,55 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trimtab.core import progress as bars
-from trimtab.core.errors import CompositionError, ConfigError, NumericsError, TargetError
-from trimtab.core.files import refuse_occupied
-from trimtab.core.recipe import Recipe
-from trimtab.core.run_record import RunRecord, versions
-from trimtab.models.calibration import CalibrationSet
+from trimtab.core.errors import CompositionError
+from trimtab.core.run_record import RunRecord
 from trimtab.models.compressed_linear import CompressedLinear
-from trimtab.models.counting import ledger_of
-from trimtab.models.fast_decoding import fast_decoding
-from trimtab.models.info import info_of, tokenizer_of
-from trimtab.models.saving import describe, save
-from trimtab.models.views import LinearView, ModelView
+from trimtab.models.compression import Run
+from trimtab.models.conversion import check_weight
+from trimtab.models.info import info_of
+from trimtab.models.narrow import settle_widths
+from trimtab.models.planning import Planning
+from trimtab.models.views import ModelView
 from trimtab.tensors.metric import Metric
-from trimtab.weights._loop import BlockLoop, Mode
-from trimtab.weights._planning import Planning
-from trimtab.weights._state import State, model_sha256
+from trimtab.weights._loop import BlockLoop
+from trimtab.weights._pruning.plan import RECORDED, Plan
+from trimtab.weights._state import State
 from trimtab.weights._tuning import Tuning
-from trimtab.weights.base import WeightMethod
-
-Calibration = CalibrationSet | str | Path
+from trimtab.weights.base import SliceMethod, WeightMethod
 
 
-def compress(
-    model: PreTrainedModel,
-    method: WeightMethod | Recipe,
-    *,
-    calibration: Calibration | None = None,
-    mode: Mode = "sequential",
-    seed: int = 0,
-    state_dir: str | Path | None = None,
-    progress: bool = True,
-) -> PreTrainedModel:
-    """Replace the linear layers that `method` targets by compressed ones, in place, and return the same model.
+def apply(method: WeightMethod, run: Run) -> None:
+    """See `ModelMethod.apply`.
 
-    calibration    what statistics are gathered on: a CalibrationSet, or a text file (or text) to make one from; None:
-                   128 sequences of the prose that comes with trimtab. Not read if the method needs no text
-    mode           "sequential": each layer sees inputs that the compressed layers before it produce (five runs of a
-                   block, four of them cut short); "dense": inputs of the original model (one run)
-    seed           of the choice of calibration sequences and of sampled statistics
-    state_dir      where finished blocks are kept; the same call with the same directory after a kill computes only what
-                   is missing, and its result is the same to the bit
-    progress       show a bar on standard error
-
-    `model.trimtab` then holds the recipe and the record of the run. For each changed linear the record has the method's
-    notes, `relative_weight_error` |W~ - W|^2 / |W|^2 and, if the Gram matrix was gathered, `relative_error`
-    tr((W~ - W) H (W~ - W)^T) / tr(W H W^T); it also lists what was left alone and why.
-
-    Everything that can be is checked before the first layer changes. Raises ConfigError, TargetError (a pattern that
-    matches nothing, options that do not fit a layer), CompositionError (already compressed), NumericsError (NaN or
-    infinity in weights or activations, by name), DataError, CheckpointError and OutputError (`state_dir`). After an
-    error in the middle, the model in memory is partly compressed: load it again.
+    For each linear that is compressed the record has the method's notes, `relative_weight_error` |W~ - W|^2 / |W|^2
+    and, if the Gram matrix was gathered, `relative_error` tr((W~ - W) H (W~ - W)^T) / tr(W H W^T).
     """
-    return _compress(model, method, calibration, mode, seed, state_dir, progress)
-
-
-def compress_to(
-    model: PreTrainedModel,
-    method: WeightMethod | Recipe,
-    output: str | Path,
-    *,
-    force: bool = False,
-    calibration: Calibration | None = None,
-    mode: Mode = "sequential",
-    seed: int = 0,
-    progress: bool = True,
-) -> PreTrainedModel:
-    """`compress`, then save to the directory `output`; killed at any point, the same call continues.
-
-    Finished blocks are kept in `OUTPUT.partial` beside it until the checkpoint is written. Nothing is at `output`
-    before it is complete, and what was there (`force`) stays until then. With `force`, the state of an unfinished run
-    with other options is discarded; without, it is refused. Raises what `compress` raises, and OutputError.
-    """
-    output = Path(output)
-    refuse_occupied(output, force)
-    state_dir = output.with_name(f"{output.name}.partial")
-    _compress(model, method, calibration, mode, seed, state_dir, progress, discard_state=force)
-    save(model, output, force=force)
-    shutil.rmtree(state_dir, ignore_errors=True)
-    return model
-
-
-def _compress(
-    model: PreTrainedModel,
-    method: WeightMethod | Recipe,
-    calibration: Calibration | None,
-    mode: Mode,
-    seed: int,
-    state_dir: str | Path | None,
-    progress: bool,
-    discard_state: bool = False,
-) -> PreTrainedModel:
-    if mode not in ("sequential", "dense"):
-        raise ConfigError(f"unknown calibration mode {mode!r}. Known: dense, sequential.")
-    recipe, built = _resolve(method)
-    info = info_of(model)
-    recipe = info.recipe.then(recipe) if info.recipe else recipe
-    targets = _check_targets(ModelView.of(model), built)
-    chosen = _calibration_set(model, calibration, seed) if built.needs_text else None
-    config = {"recipe": recipe.to_dict(), "mode": mode, "calibration": _describe(chosen)}
-    record = RunRecord(command="compress", config=config, seed=seed)
-    with record.timed("total"):
-        state = None
-        if state_dir is not None:
-            with record.timed("fingerprint"):
-                fingerprint = {**config, "seed": seed, "model": model_sha256(model), "versions": versions()}
-                state = State(state_dir, fingerprint, discard=discard_state)
-        with record.timed("prepare"):
-            linears = tuple(linear for linear in ModelView.of(model).linears if linear.name in targets)
-            directory = None if state is None else state.path
-            planning = Planning(model, linears, chosen, seed, directory, record, progress)
-            prepared = built.prepare(planning)
-            del linears, planning  # they keep the replaced layers alive
-        teacher = _frozen_copy(model) if prepared.tunes else None
-        bar = bars.progress(f"compressing with {built.name()}", len(targets), shown=progress)
-        with bar as advance:
-            seen = None if chosen is None else prepared.statistics_text(chosen)
-            BlockLoop(model, prepared, targets, seen, mode, seed, state, record).run(advance)
-        if teacher is not None:
-            with record.timed("tune"):
-                record.metrics["tuning"] = prepared.tune(Tuning(model, teacher, chosen, seed, record, progress))
-            _measure_again(model, teacher, record)
-    record.unchanged = list(_unchanged(model))
-    record.ledger = ledger_of(model).to_dict()
-    info.recipe, info.record = recipe, record
-    describe(model)
-    fast_decoding(model)
-    return model
-
-
-def _resolve(method: WeightMethod | Recipe) -> tuple[Recipe, WeightMethod]:
-    """The recipe, and its one step for this room."""
-    recipe = method if isinstance(method, Recipe) else Recipe.of(method)
-    built = recipe.methods()
-    if len(built) != 1 or not isinstance(built[0], WeightMethod):
-        steps = [f"'{type(step).name()}' ({step.room})" for step in built]
-        raise ConfigError(
-            f"compress takes a recipe with one step of the weights room, not {', '.join(steps) or 'none'}."
-        )
-    return recipe, built[0]
+    model, record = run.model, run.record
+    targets = _check_targets(ModelView.of(model), method)
+    state = run.state(State)
+    with record.timed("prepare"):
+        linears = tuple(linear for linear in ModelView.of(model).linears if linear.name in targets)
+        planning = Planning(model, linears, run.calibration, run.seed, run.directory, record, run.progress)
+        prepared = method.prepare(planning)
+        del linears, planning  # they keep the replaced layers alive
+    teacher = _frozen_copy(model) if prepared.tunes else None
+    with bars.progress(f"compressing with {method.name()}", len(targets), shown=run.progress) as advance:
+        seen = None if run.calibration is None else prepared.statistics_text(run.calibration)
+        BlockLoop(model, prepared, targets, seen, run.mode, run.seed, state, record).run(advance)
+    if teacher is not None:
+        with record.timed("tune"):
+            tuning = Tuning(model, teacher, run.calibration, run.seed, record, run.progress)
+            record.metrics["tuning"] = prepared.tune(tuning)
+        _measure_again(model, teacher, record)
+    if isinstance(method, SliceMethod):
+        settle_widths(model)
+        if (earlier := info_of(model).record) is not None:
+            first, then = (Plan.of_rows(done.metrics.get(RECORDED, ())) for done in (earlier, record))
+            record.metrics[RECORDED] = first.followed_by(then).rows()
 
 
 def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
@@ -162,34 +62,12 @@ def _check_targets(view: ModelView, method: WeightMethod) -> frozenset[str]:
                 f"{linear.name} is already compressed. Start from the uncompressed model; methods of the weights room "
                 "do not follow one another."
             )
-    targets = view.select(method.targets)
+    targets = method.targeted(view)
     method.check_targets(targets)
     method.check_model(view.model, targets)
     for linear in targets:
-        _check_weight(linear)
+        check_weight(linear)
     return frozenset(linear.name for linear in targets)
-
-
-def _check_weight(linear: LinearView) -> None:
-    weight = linear.weight
-    if not weight.is_floating_point() or weight.device.type == "meta":
-        raise TargetError(
-            f"{linear.name} holds {weight.dtype} on {weight.device}; load the model with its full weights."
-        )
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        row, column = (int(i) for i in (~finite).nonzero()[0])
-        raise NumericsError(
-            f"the weight of {linear.name} holds {int(weight.isnan().sum())} NaN and {int(weight.isinf().sum())} "
-            f"infinite values, the first at row {row}, column {column}. The model is damaged: get it again."
-        )
-
-
-def _calibration_set(model: PreTrainedModel, calibration: Calibration | None, seed: int) -> CalibrationSet:
-    if isinstance(calibration, CalibrationSet):
-        return calibration
-    context = getattr(model.config, "max_position_embeddings", None)
-    return CalibrationSet.from_text(calibration, tokenizer_of(model), context=context, seed=seed)
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -210,30 +88,3 @@ def _measure_again(model: PreTrainedModel, teacher: PreTrainedModel, record: Run
             tuned = model.get_submodule(entry["linear"])
             assert isinstance(tuned, CompressedLinear)
             entry["relative_weight_error"] = identity.relative_error(original[entry["linear"]], tuned.dequantize())
-
-
-def _describe(calibration: CalibrationSet | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    sequences, length = calibration.tokens.shape
-    return {
-        "source": calibration.source,
-        "sha256": calibration.sha256,
-        "sequences": sequences,
-        "length": length,
-        "tokens": calibration.count,
-    }
-
-
-def _unchanged(model: PreTrainedModel) -> Iterator[dict[str, str]]:
-    """Layers with a weight matrix that were left alone, and why."""
-    view = ModelView.of(model)
-    blocks = {linear.name for linear in view.linears}
-    for name, module in model.named_modules():
-        if module is view.lm_head:
-            yield {"module": name, "reason": "the output head is never compressed"}
-        elif isinstance(module, nn.Embedding):
-            yield {"module": name, "reason": "embeddings are never compressed"}
-        elif isinstance(module, (nn.Linear, Conv1D)):
-            inside = "no pattern in `targets` matches it"
-            yield {"module": name, "reason": inside if name in blocks else "it is not a linear of a block"}

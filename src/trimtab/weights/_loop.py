@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,14 +12,24 @@ from transformers import PreTrainedModel
 from trimtab.core.run_record import RunRecord
 from trimtab.models.calibration import BlockStream, CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.model_method import Mode
+from trimtab.models.narrow import narrow_heads, narrow_linear
 from trimtab.models.statistics import Stats
 from trimtab.models.views import BlockView, LinearView, ModelView
 from trimtab.tensors.metric import Metric
 from trimtab.weights._block_run import BlockRun
+from trimtab.weights._pruning.plan import RECORDED, Plan
 from trimtab.weights._state import State
-from trimtab.weights.base import BlockMethod, Compressed, CompressedBlock, LinearMethod, WeightMethod
+from trimtab.weights.base import (
+    BlockMethod,
+    Compressed,
+    CompressedBlock,
+    LinearMethod,
+    SlicedBlock,
+    SliceMethod,
+    WeightMethod,
+)
 
-Mode = Literal["sequential", "dense"]
 Advance = Callable[[str], None]
 
 
@@ -57,6 +67,8 @@ class BlockLoop:
             through = stream if stream and index < last else None
             if index in finished:
                 self._take_finished(block, through, advance)
+            elif isinstance(self.method, SliceMethod):
+                self._slice(self.method, block, stream, through, advance)
             elif isinstance(self.method, BlockMethod):
                 self._compress_together(self.method, block, stream, through, advance)
             elif self.mode == "dense":
@@ -66,7 +78,7 @@ class BlockLoop:
 
     def _take_finished(self, block: BlockView, through: BlockStream | None, advance: Advance) -> None:
         assert self.state
-        done = self.state.load_block(block.index)
+        done: CompressedBlock | SlicedBlock = self.state.load_block(block.index)
         if self.mode == "dense":
             self._advance(through, block)  # the others are to see the original block's output
         self._install_all(block, done, advance)
@@ -94,6 +106,24 @@ class BlockLoop:
             self._advance(through, block)
         self._install_all(block, done, advance)
         self._save(block, done)
+        if self.mode == "sequential":
+            self._advance(through, block)
+
+    def _slice(
+        self,
+        method: SliceMethod,
+        block: BlockView,
+        stream: BlockStream | None,
+        through: BlockStream | None,
+        advance: Advance,
+    ) -> None:
+        linears = self._targeted(block.linears)
+        stats = self._gather(stream, block, linears, advance=self.mode == "dense" and through is not None)
+        if linears:
+            with self.record.timed("solve"):
+                done = method.slice_block(block, linears, stats)
+            self._install_all(block, done, advance)
+            self._save(block, done)
         if self.mode == "sequential":
             self._advance(through, block)
 
@@ -141,7 +171,10 @@ class BlockLoop:
             tensor, notes = self.method.compress(linear, stats)
         return _with_errors(Compressed(tensor, notes), linear.weight, stats)
 
-    def _install_all(self, block: BlockView, done: CompressedBlock, advance: Advance) -> None:
+    def _install_all(self, block: BlockView, done: CompressedBlock | SlicedBlock, advance: Advance) -> None:
+        if isinstance(done, SlicedBlock):
+            self._install_sliced(block, done, advance)
+            return
         for linear in self._targeted(block.linears):
             self._install(linear, done.linears[linear.name], advance)
         for name, values in done.dense.items():
@@ -149,15 +182,30 @@ class BlockLoop:
             parameter.data.copy_(values)
             self.record.changed_dense.append(name)
 
+    def _install_sliced(self, block: BlockView, done: SlicedBlock, advance: Advance) -> None:
+        for linear in self._targeted(block.linears):
+            if (narrow := done.linears.get(linear.name)) is not None:
+                module = narrow_linear(linear.module, narrow.weight, narrow.bias)
+                linear.replace(module)
+                weight = module.weight
+                assert isinstance(weight, torch.Tensor)
+                nbytes = weight.numel() * weight.element_size()
+                self.record.changed.append(_entry(linear, narrow.weight.shape, nbytes, narrow.notes))
+            advance(linear.name)
+        if done.heads is not None:
+            narrow_heads(block.attention.module, done.heads)
+        if done.plan:
+            self.record.metrics.setdefault(RECORDED, []).extend(Plan(done.plan).rows())
+
     def _install(self, linear: LinearView, done: Compressed, advance: Advance) -> None:
         bias = linear.module.bias
         assert bias is None or isinstance(bias, torch.Tensor)
         module = CompressedLinear(done.tensor, bias).to(linear.weight.device).train(linear.module.training)
         linear.replace(module)
-        self.record.changed.append(_entry(linear, done))
+        self.record.changed.append(_entry(linear, done.tensor.shape, done.tensor.nbytes, done.notes))
         advance(linear.name)
 
-    def _save(self, block: BlockView, done: CompressedBlock) -> None:
+    def _save(self, block: BlockView, done: CompressedBlock | SlicedBlock) -> None:
         if self.state and done.linears:
             self.state.save_block(block.index, done)
 
@@ -172,6 +220,5 @@ def _with_errors(done: Compressed, weight: torch.Tensor, stats: Stats | None) ->
     return Compressed(done.tensor, {**errors, **done.notes})
 
 
-def _entry(linear: LinearView, done: Compressed) -> dict[str, Any]:
-    shape = list(done.tensor.shape)
-    return {"linear": linear.name, "role": linear.role, "shape": shape, "nbytes": done.tensor.nbytes, **done.notes}
+def _entry(linear: LinearView, shape: Sequence[int], nbytes: int, notes: Mapping[str, float | str]) -> dict[str, Any]:
+    return {"linear": linear.name, "role": linear.role, "shape": list(shape), "nbytes": nbytes, **notes}

@@ -22,14 +22,14 @@ from trimtab.core import progress as bars
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import write_text_atomically
 from trimtab.models.calibration import gather_dense
+from trimtab.models.planning import Planning
+from trimtab.models.run_state import model_sha256
 from trimtab.models.statistics import Need, Stats
 from trimtab.models.views import LinearView, ModelView
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.metric import Metric
 from trimtab.weights._allocation import Allocation, allocate, smallest, undominated
-from trimtab.weights._planning import Planning
 from trimtab.weights._rehearsal import Rehearsal, split
-from trimtab.weights._state import model_sha256
 from trimtab.weights.base import LinearMethod
 
 CURVE_POINTS = 6

@@ -31,9 +31,9 @@ from trimtab.weights._pruning.units import n_of_m
 from trimtab.weights.base import LinearMethod, Notes, WeightMethod
 
 if TYPE_CHECKING:
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import LinearView
-    from trimtab.weights._planning import Planning
 
 BLOCK_SIZE = 128
 DAMPING = 0.01

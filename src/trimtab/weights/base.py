@@ -1,11 +1,12 @@
-"""The contract of the weights room: a linear layer, or a block of them, and statistics in; compressed tensors out.
+"""The contract of the weights room: a linear layer, or a block of them, and statistics in; smaller ones out.
 
     WeightMethod    what all have: targets, statistics, checks; `prepare` before the first block, `tune` after the last
     LinearMethod    compresses one linear at a time
     BlockMethod     compresses the linears of one block together, because it folds scales into norms or measures the
                     output of the whole attention or MLP
+    SliceMethod     makes the linears of one block smaller: it removes neurons, or dimensions of heads
 
-A method never moves data, hooks modules or reads files: `trimtab.weights.compress` does, for all methods alike.
+A method never moves data, hooks modules or reads files: `trimtab.compress` does, for all methods alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from trimtab.core.method import Method
+from trimtab.core.registry import method_class
+from trimtab.models.model_method import Mode, ModelMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
 
     from trimtab.core.recipe import Step
     from trimtab.models.calibration_set import CalibrationSet
-    from trimtab.models.statistics import Need, Stats
+    from trimtab.models.compression import Run
+    from trimtab.models.narrow import HeadGeometry
+    from trimtab.models.planning import Planning
+    from trimtab.models.statistics import Stats
     from trimtab.models.views import BlockView, LinearView
     from trimtab.tensors.compressed import CompressedTensor
     from trimtab.weights._block_run import BlockRun
-    from trimtab.weights._planning import Planning
+    from trimtab.weights._pruning.plan import PlanEntry
     from trimtab.weights._tuning import Tuning
 
 Notes = dict[str, float | str]
@@ -55,27 +60,36 @@ class CompressedBlock:
     dense: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightMethod(Method):
-    """A *representation* method: replaces each targeted linear's weight by a compressed tensor.
+@dataclass(frozen=True, slots=True)
+class NarrowLinear:
+    """What a linear becomes when units are cut out of it: weight [out', in'] and bias [out'], dense."""
 
-    targets    shell patterns over linear names or roles; the default takes every linear of every block
-               (embeddings, norms and the output head are never replaced)
+    weight: Tensor
+    bias: Tensor | None
+    notes: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SlicedBlock:
+    """What a SliceMethod makes of one block.
+
+    linears    name -> smaller linear, for each targeted linear that changes
+    heads      what its attention has left, None if that stays as it is
+    plan       which units are kept, of those that were chosen and not rotated into others
+    """
+
+    linears: Mapping[str, NarrowLinear]
+    heads: HeadGeometry | None = None
+    plan: tuple[PlanEntry, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod(ModelMethod):
+    """Makes linears smaller. A *representation* method replaces each targeted weight by a compressed tensor; a
+    *structural* one (SliceMethod) replaces it by a smaller one.
     """
 
     room: ClassVar[str] = "weights"
-
-    targets: tuple[str, ...] = ("*",)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Statistics of the inputs that this method wants with these options; empty if it uses none."""
-        return frozenset()
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether calibration text is read at all: for statistics, or by `prepare` or `tune`."""
-        return bool(self.needs)
 
     def statistics_text(self, calibration: CalibrationSet) -> CalibrationSet:
         """The part of the calibration text that statistics are gathered on. The rest is for `tune` to choose by."""
@@ -98,6 +112,11 @@ class WeightMethod(Method):
     def check_model(self, model: PreTrainedModel, targets: Sequence[LinearView]) -> None:
         """Raise BudgetError if the options ask of the whole model what cannot be; called before any work starts."""
 
+    def apply(self, run: Run) -> None:
+        from trimtab.weights._compress import apply
+
+        apply(self, run)
+
     def prepare(self, planning: Planning) -> WeightMethod:
         """Called once, after the checks and before the first block: the method that compresses, with everything that
         has to be known of the whole model (a configuration per matrix, say). The default is the method itself."""
@@ -109,9 +128,10 @@ class WeightMethod(Method):
 
     @classmethod
     def refuses_after(cls, earlier: Sequence[Step]) -> str | None:
-        taken = [step.method for step in earlier if step.room == "weights"]
-        if taken:
-            return f"the linear layers are already compressed by '{taken[-1]}'. Use one of the two."
+        for step in earlier:
+            if step.room == "weights" and not issubclass(method_class(step.method), SliceMethod):
+                wanted = f" Cut with '{cls.name()}' first." if issubclass(cls, SliceMethod) else " Use one of the two."
+                return f"the linear layers are already compressed by '{step.method}'.{wanted}"
         return None
 
 
@@ -139,4 +159,24 @@ class BlockMethod(WeightMethod):
         `stats` is site -> the statistics in `needs`, of the block as it is before it is compressed. `run` runs modules
         of the block on calibration text. Whatever is changed in the block meanwhile is the method's to put back: the
         room installs the result. Arithmetic, determinism and errors as in LinearMethod.
+        """
+
+
+class SliceMethod(WeightMethod):
+    """A structural method: cuts units out of the linears of one block, which stay dense and become smaller.
+
+    Statistics are those of the original model unless "sequential" is asked for. What is cut may be compressed by a
+    representation method afterwards, in one recipe.
+    """
+
+    own_mode: ClassVar[Mode] = "dense"
+
+    def check_linear(self, linear: LinearView) -> None:
+        """Units, not linears, are what options have to fit: see `check_targets`."""
+
+    @abstractmethod
+    def slice_block(self, block: BlockView, linears: Sequence[LinearView], stats: Mapping[str, Stats]) -> SlicedBlock:
+        """The smaller linears among `linears`, the targeted ones of `block`. The room puts them in place.
+
+        `stats` is site -> the statistics in `needs`. Arithmetic, determinism and errors as in LinearMethod.
         """

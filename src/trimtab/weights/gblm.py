@@ -37,9 +37,9 @@ from trimtab.weights._pruner import PruneMethod, Site
 from trimtab.weights.base import Notes
 
 if TYPE_CHECKING:
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import LinearView
-    from trimtab.weights._planning import Planning
 
 __all__ = ["Gblm"]
 

@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import LinearView
-    from trimtab.weights._planning import Planning
 
 __all__ = ["LqLora"]
 

@@ -36,10 +36,10 @@ from trimtab.weights.rtn import Rtn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trimtab.models.planning import Planning
     from trimtab.models.statistics import Need, Stats
     from trimtab.models.views import LinearView
     from trimtab.weights._mixture import CostTable
-    from trimtab.weights._planning import Planning
 
 __all__ = ["Mixed"]
 

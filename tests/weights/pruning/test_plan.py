@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from trimtab.core.errors import CheckpointError, CompositionError, TargetError
+from trimtab.models.compression import compress
 from trimtab.models.random import random_model
 from trimtab.models.views import ModelView
-from trimtab.weights import Magnitude, compress
+from trimtab.weights import Magnitude
 from trimtab.weights._pruning.plan import Plan, PlanDifference, PlanEntry
 from trimtab.weights._pruning.units import UnitMap, elements, heads, neurons
 

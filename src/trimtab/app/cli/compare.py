@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.app.cli.compress import CalibrationMode, Length, Mode, Sequences, Text
+from trimtab.app.cli.compress import CalibrationMode, Length, Sequences, Text, named
 from trimtab.app.cli.evaluate import Limit, Tasks, checked_tasks
 from trimtab.app.cli.options import (
     AsJson,
@@ -68,7 +68,7 @@ def run(
     text: Text = None,
     sequences: Sequences = 128,
     length: Length = None,
-    mode: CalibrationMode = Mode.sequential,
+    mode: CalibrationMode = None,
     seed: Seed = 0,
     device: Device = None,
     force: Force = False,
@@ -124,7 +124,7 @@ def run(
         text=text,
         sequences=sequences,
         length=length,
-        mode=mode.value,
+        mode=named(mode),
         seed=seed,
         device=device,
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -62,7 +62,11 @@ Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens per calibration sequence.", show_default="the context, at most 2048")
 ]
 CalibrationMode = Annotated[
-    Mode, typer.Option(help="sequential: layers see what the compressed ones before them make. dense: one pass.")
+    Mode | None,
+    typer.Option(
+        help="sequential: layers see what the compressed ones before them make. dense: one pass.",
+        show_default="the method's own",
+    ),
 ]
 
 
@@ -130,7 +134,7 @@ def run(
     text: Text = None,
     sequences: Sequences = 128,
     length: Length = None,
-    mode: CalibrationMode = Mode.sequential,
+    mode: CalibrationMode = None,
     seed: Seed = 0,
     device: Device = None,
     force: Force = False,
@@ -149,13 +153,13 @@ def run(
     from trimtab.app.comparison import next_tokens
     from trimtab.evaluation import fidelity
     from trimtab.models import info_of, ledger_of
-    from trimtab.weights import compress_to
+    from trimtab.models.compression import compress_to
 
     loaded = tt.load(model, device=device)
     before = ledger_of(loaded)
     calibration = calibration_of(loaded, wanted, text, sequences, length, seed)
     original = next_tokens(loaded, seed) if _is_planned(wanted) else None
-    compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=mode.value, seed=seed)
+    compress_to(loaded, wanted, out, force=force, calibration=calibration, mode=named(mode), seed=seed)
     after = ledger_of(loaded)
     record = info_of(loaded).record
     assert record is not None
@@ -173,6 +177,11 @@ def run(
     for reason, count in Counter(entry["reason"] for entry in record.unchanged).items():
         show(f"left alone: {count} x {reason}")
     show(f'\nSaved to {out} in {record.seconds.get("total", 0.0):.1f} s. Try: trimtab generate {out} -p "..."')
+
+
+def named(mode: Mode | None) -> Literal["sequential", "dense"] | None:
+    """The calibration mode that --mode asks for; None: the method's own."""
+    return None if mode is None else mode.value
 
 
 def _is_planned(recipe: Recipe) -> bool:

@@ -65,4 +65,4 @@ def _read(source: str) -> Plan:
         return Plan.load(source)
     import trimtab as tt
 
-    return Plan.of_model(tt.ModelView.of(tt.load(source)).linears)
+    return Plan.of_model(tt.load(source))

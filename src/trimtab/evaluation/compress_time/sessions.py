@@ -20,7 +20,7 @@ from trimtab.evaluation.compress_time.measure import Setting
 from trimtab.evaluation.weight_decode.quantizing import linears, llmcompressor_gptq
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
-from trimtab.weights import compress
+from trimtab.models.compression import compress
 from trimtab.weights.gptq import Gptq
 from trimtab.weights.loftq import Loftq
 

@@ -68,19 +68,24 @@ def llmcompressor_gptq(model: nn.Module, tokens: Tensor, *, bits: int, group_siz
 
     It leaves rounded dense weights in the model.
     """
-    llmcompressor: Any = importlib.import_module("llmcompressor")
     gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
     quantization: Any = importlib.import_module("compressed_tensors.quantization")
-    datasets: Any = importlib.import_module("datasets")
     weights = quantization.QuantizationArgs(
         num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=group_size
     )
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    llmcompressor_oneshot(model, tokens, gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=[HEAD]))
+
+
+def llmcompressor_oneshot(model: nn.Module, tokens: Tensor, modifier: Any) -> None:
+    """llmcompressor's `oneshot` with one modifier, on tokens int64 [sequences, length]."""
+    llmcompressor: Any = importlib.import_module("llmcompressor")
+    datasets: Any = importlib.import_module("datasets")
     rows = tokens.tolist()
     llmcompressor.oneshot(
         model=model,
         dataset=datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
-        recipe=gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=[HEAD]),
+        recipe=modifier,
         max_seq_length=tokens.shape[1],
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,

@@ -15,13 +15,13 @@ from trimtab.core.registry import method_class
 from trimtab.evaluation.weight_decode.measure import Setting
 from trimtab.evaluation.weight_decode.peer_sessions import WeightSession
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.compression import compress
 from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.fast_linear import use_fast_linear
 from trimtab.tensors.base import Part
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.low_rank import LowRank
 from trimtab.tensors.sparse import SparseOutliers
-from trimtab.weights import compress
 
 
 def open_trimtab(

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.core.config import Config
+from trimtab.core.errors import TargetError
 from trimtab.models.compressed_linear import CompressedLinear
+from trimtab.models.narrow import narrow_linears
 from trimtab.tensors.activations import ActivationGrid
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GroupGrid
@@ -48,7 +50,16 @@ class Source:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
-        """Look at a model; compares it with an empty one of its configuration to tell what its layers were."""
+        """Look at a model; compares it with an empty one of its configuration to tell what its layers were.
+
+        Raises TargetError for a model with layers that are narrower than its configuration can say.
+        """
+        if narrow := narrow_linears(model):
+            raise TargetError(
+                f"{len(narrow)} layers, {next(iter(narrow))} among them, are narrower than the configuration of such a "
+                "model can say, so no other program could load it. Slice all MLPs to one width and leave attention as "
+                "it is, for instance with export=uniform of modegpt."
+            )
         compressed = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
         original = dict(plain_model(model).named_modules())
         layers = {

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trimtab.core.errors import ConfigError, TargetError, did_you_mean
 from trimtab.models.families.base import Family
 
-__all__ = ["Family", "families", "family_named", "family_of"]
+__all__ = ["Family", "families", "family_by_type", "family_named", "family_of"]
 
 
 @functools.cache
@@ -37,12 +37,16 @@ def family_named(name: str) -> Family:
 
 def family_of(model: PreTrainedModel) -> Family:
     """The family that describes this model. Raises TargetError naming its architecture if there is none."""
-    model_type = str(model.config.model_type)
+    return family_by_type(str(model.config.model_type), type(model).__name__)
+
+
+def family_by_type(model_type: str, model: str = "such a model") -> Family:
+    """The family of models with this `config.model_type`. Raises TargetError naming `model` if there is none."""
     for family in families().values():
         if family.model_type == model_type:
             return family
     known = ", ".join(sorted(family.model_type for family in families().values()))
     raise TargetError(
-        f"trimtab does not know the layout of {type(model).__name__} (model_type '{model_type}'). Known: {known}. "
+        f"trimtab does not know the layout of {model} (model_type '{model_type}'). Known: {known}. "
         "A new family is one file in trimtab/models/families/."
     )

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.core.errors import TargetError
-from trimtab.models.views import AttentionView, BlockView, LinearView, MlpView, ModelView, Role, Rows
+from trimtab.models.views import AttentionView, BlockView, LinearView, MlpView, ModelView, Role, Rows, rows_in_order
 
 _SITES: dict[Role, str] = {
     "q": "attention_in",
@@ -59,6 +59,7 @@ class Family:
     attention_linears, mlp_linears
                             path from the attention or MLP -> role, in the order of the computation
     *_norm                  paths from a block; q_norm and k_norm from the attention
+    mlp_width               where the configuration has the width of the MLPs; nothing there: 4 x hidden_size (GPT-2)
     rows                    configuration -> role -> rows of its parts, for fused layers
     attention_arguments     attention module -> what it gives the attention function beside tensors, mask, dropout,
                             scaling and its own arguments; None if blocks have not the form of `kernels/block_step`
@@ -85,6 +86,7 @@ class Family:
     )
     mlp_norm: str = "post_attention_layernorm"
     mlp_post_norm: str | None = None
+    mlp_width: str = "intermediate_size"
     unit_offset_norms: bool = False
     parallel: Callable[[PretrainedConfig], bool] = lambda config: False
     attention_arguments: Callable[[Any], dict[str, Any]] | None = None
@@ -112,17 +114,23 @@ class Family:
             raise TargetError(f"{type(model).__name__} has no output head; load it as a causal language model.")
         return ModelView(model, self.name, blocks, embedding, final_norm, head, positions, self.unit_offset_norms)
 
+    def width_of(self, config: PretrainedConfig) -> int:
+        """Neurons of an MLP as the configuration has it."""
+        return int(getattr(config, self.mlp_width, None) or 4 * config.hidden_size)
+
     def _block(self, config: PretrainedConfig, name: str, index: int, block: nn.Module) -> BlockView:
         attention, mlp = block.get_submodule(self.attention), block.get_submodule(self.mlp)
-        num_heads = int(config.num_attention_heads)
-        rotary_dim = _rotary_dim(config, _head_dim(config))
+        narrow = hasattr(attention, "value_dim")  # see models/narrow.py
+        head_dim = int(attention.head_dim) if narrow else head_dim_of(config)  # type: ignore[arg-type]
+        rotary_dim = _rotary_dim(config, head_dim)
         attention_view = AttentionView(
             module=attention,
             linears=self._linears(config, attention, _join(name, self.attention), index, self.attention_linears),
             norm=block.get_submodule(self.attention_norm),
-            num_heads=num_heads,
-            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
-            head_dim=_head_dim(config),
+            num_heads=int(config.num_attention_heads),
+            num_kv_heads=kv_heads_of(config),
+            head_dim=head_dim,
+            value_dim=int(attention.value_dim) if narrow else head_dim,  # type: ignore[arg-type]
             rotary=rotary_dim > 0,
             rotary_dim=rotary_dim,
             q_norm=_optional(attention, self.q_norm),
@@ -142,6 +150,14 @@ class Family:
         self, config: PretrainedConfig, parent: nn.Module, name: str, block: int, linears: Mapping[str, Role]
     ) -> tuple[LinearView, ...]:
         rows = self.rows(config)
+
+        def rows_of(path: str, role: Role) -> Mapping[str, Rows]:
+            """A narrow gate_up is still two halves, whatever the configuration says of its width."""
+            if role != "gate_up":
+                return rows.get(role, {})
+            half = int(parent.get_submodule(path).out_features) // 2  # type: ignore[arg-type]
+            return rows_in_order(("gate", half), ("up", half))
+
         return tuple(
             LinearView(
                 name=_join(name, path),
@@ -151,7 +167,7 @@ class Family:
                 module=parent.get_submodule(path),
                 parent=parent,
                 transposed=isinstance(parent.get_submodule(path), Conv1D),
-                rows=rows.get(role, {}),
+                rows=rows_of(path, role),
             )
             for path, role in linears.items()
         )
@@ -169,7 +185,8 @@ def _optional(parent: nn.Module, path: str | None) -> nn.Module | None:
     return parent.get_submodule(path) if path else None
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Dimensions of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -180,11 +197,16 @@ def _rotary_dim(config: PretrainedConfig, head_dim: int) -> int:
     return int(head_dim * float(rope.get("partial_rotary_factor", 1.0)))
 
 
+def kv_heads_of(config: PretrainedConfig) -> int:
+    """Number of heads of keys and values."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def kv_width(config: PretrainedConfig) -> int:
     """Rows of a key or value projection."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * _head_dim(config)
+    return kv_heads_of(config) * head_dim_of(config)
 
 
 def query_width(config: PretrainedConfig) -> int:
     """Rows of a query projection."""
-    return int(config.num_attention_heads) * _head_dim(config)
+    return int(config.num_attention_heads) * head_dim_of(config)

@@ -24,6 +24,7 @@ GPT2 = Family(
     attention_norm="ln_1",
     mlp_linears={"c_fc": "up", "c_proj": "down"},
     mlp_norm="ln_2",
+    mlp_width="n_inner",
     rows=_rows,
     small={
         "vocab_size": 131,

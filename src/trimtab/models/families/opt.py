@@ -26,6 +26,7 @@ OPT = Family(
     mlp="",
     mlp_linears={"fc1": "up", "fc2": "down"},
     mlp_norm="final_layer_norm",
+    mlp_width="ffn_dim",
     refuses=_refuses,
     small={
         "vocab_size": 131,

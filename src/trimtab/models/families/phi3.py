@@ -9,11 +9,8 @@ from trimtab.models.views import Role, Rows, rows_in_order
 
 
 def _rows(config: PretrainedConfig) -> dict[Role, dict[str, Rows]]:
-    kv, mlp = kv_width(config), int(config.intermediate_size)
-    return {
-        "qkv": rows_in_order(("q", query_width(config)), ("k", kv), ("v", kv)),
-        "gate_up": rows_in_order(("gate", mlp), ("up", mlp)),
-    }
+    kv = kv_width(config)
+    return {"qkv": rows_in_order(("q", query_width(config)), ("k", kv), ("v", kv))}
 
 
 PHI3 = Family(

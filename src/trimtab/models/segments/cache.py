@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
-from trimtab.core.errors import CompositionError, ConfigError, DataError
+from trimtab.core.errors import CompositionError, ConfigError, DataError, TargetError
 from trimtab.models.attention import BACKEND, use_backend
 from trimtab.models.fast_linear import use_fast_linear
 from trimtab.models.segments.layer import SegmentLayer
@@ -47,6 +47,12 @@ class SegmentCache(Cache):
     def __init__(self, model: PreTrainedModel, plan: CachePlan) -> None:
         view = ModelView.of(model)
         heads = [block.attention.num_kv_heads for block in view.blocks]
+        for block in view.blocks:
+            if block.attention.value_dim != block.attention.head_dim:
+                raise TargetError(
+                    f"{block.name} has keys of {block.attention.head_dim} and values of {block.attention.value_dim} "
+                    "dimensions, which this cache keeps in one form. Remove as many of both, or generate without it."
+                )
         plan.check(len(view.blocks), heads, [block.attention.head_dim for block in view.blocks])
         self.plan = plan
         self.key_bias: dict[int, Tensor] = {}

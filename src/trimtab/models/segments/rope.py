@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import TargetError
 from trimtab.kernels.kv_attention import Rope
+from trimtab.models.narrow import NarrowAttention
 from trimtab.tensors.kv.rotary import inverse_rope
 
 _GROWTH = 1024
@@ -23,8 +24,9 @@ class RopeSource:
 
     kind   of the layer, as the configuration names it; None if all layers are the same
 
-    Raises TargetError for a model without rotary positions, and for kinds of rotary embedding whose angles change with
-    the length of the text: a stored key could not be rotated as the model would.
+    Raises TargetError for a model without rotary positions, for kinds of rotary embedding whose angles change with the
+    length of the text, and for heads that lost some of their rotary pairs: a stored key could not be rotated as the
+    model would.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
@@ -44,6 +46,12 @@ class RopeSource:
                 f"{type(model).__name__} has rotary embedding of type '{own['rope_type']}', whose angles change with "
                 "the length of the text, so keys cannot be stored before it. Use kivi or gear."
             )
+        for name, part in model.named_modules():
+            if isinstance(part, NarrowAttention) and part.pairs is not None:
+                raise TargetError(
+                    f"{name}: each head has rotary pairs of its own, since some were removed, and this cache rotates "
+                    "all heads alike. Use a cache that stores keys as they come, such as kivi or gear."
+                )
         self._module: nn.Module = module
         self._dtype = model.dtype
         self._table: Rope | None = None

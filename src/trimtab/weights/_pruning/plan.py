@@ -9,6 +9,7 @@ in the header.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +20,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trimtab.core.errors import CheckpointError, CompositionError, TargetError
 from trimtab.core.files import atomic_file
 from trimtab.kernels.sparse_matmul.bitmap import pack_bits, unpack_bits, words
-from trimtab.models.views import LinearView
+from trimtab.models.info import info_of
+from trimtab.models.views import LinearView, ModelView
 from trimtab.tensors.support import SupportPart
 from trimtab.weights._pruning.units import UnitKind, UnitMap
 
 PLAN_VERSION = 1
+RECORDED = "kept_units"
+"""The metric of a run record that holds `Plan.rows` of what was sliced."""
 
 Key = tuple[str, UnitKind]
 
@@ -94,10 +99,16 @@ class Plan:
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def of_model(cls, linears: Sequence[LinearView]) -> Plan:
-        """What was removed of the linears that are stored without zeros, entry by entry; the others are not in it."""
-        entries = []
-        for linear in linears:
+    def of_model(cls, model: PreTrainedModel) -> Plan:
+        """What was removed of a model: of linears that are stored without zeros, entry by entry; of what was sliced,
+        the units that its record says were kept. Raises CheckpointError for a record that cannot be read."""
+        info = info_of(model)
+        rows = [] if info.record is None else info.record.metrics.get(RECORDED, [])
+        try:
+            entries = list(cls.of_rows(rows).entries)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{info.source}: the plan in its record cannot be read ({error}).") from None
+        for linear in ModelView.of(model).linears:
             parts = linear.compressed.tensor.parts if linear.compressed else ()
             if len(parts) == 1 and isinstance(parts[0], SupportPart):
                 entries.append(PlanEntry(linear.name, "element", parts[0].mask().reshape(-1).cpu()))
@@ -116,6 +127,16 @@ class Plan:
             for entry in self.entries
         ]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """`table`, each row with the kept units themselves, "keep": the bits of `save` in base64; for run records."""
+        bits = (pack_bits(entry.keep[None])[0].numpy().tobytes() for entry in self.entries)
+        return [{**row, "keep": base64.b64encode(b).decode()} for row, b in zip(self.table(), bits, strict=True)]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Plan:
+        """What `rows` wrote. Raises KeyError, TypeError or ValueError for rows that are not its."""
+        return cls(tuple(_entry(row, _bits(row["keep"])) for row in rows))
+
     def merge(self, other: Plan) -> Plan:
         """What both keep. Raises CompositionError if they count the units of an entry differently."""
         merged = {entry.key: entry for entry in self.entries}
@@ -123,6 +144,25 @@ class Plan:
             own = merged.get(entry.key)
             merged[entry.key] = entry if own is None else PlanEntry(*entry.key, _both(own, entry))
         return Plan(tuple(merged.values()), {**self.budget, **other.budget})
+
+    def followed_by(self, other: Plan) -> Plan:
+        """What is kept of the original's units after `other` was made for what this plan left of them.
+
+        Raises CompositionError if an entry of `other` has another number of units than this one kept.
+        """
+        entries = {entry.key: entry for entry in self.entries}
+        for entry in other.entries:
+            if (own := entries.get(entry.key)) is None:
+                entries[entry.key] = entry
+                continue
+            if own.kept != entry.units:
+                raise CompositionError(
+                    f"a plan keeps {own.kept} {own.kind} units of {own.name}, and the next one is about {entry.units}."
+                )
+            keep = own.keep.clone()
+            keep[own.keep] = entry.keep
+            entries[entry.key] = PlanEntry(*entry.key, keep)
+        return Plan(tuple(entries.values()), {**self.budget, **other.budget})
 
     def diff(self, other: Plan) -> tuple[PlanDifference, ...]:
         """Where the plans differ, in this plan's order and then the other's; empty if they keep the same units."""
@@ -198,6 +238,11 @@ class Plan:
                 return cls(entries, json.loads(header["budget"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, CompositionError) as error:
             raise CheckpointError(f"plan {path} cannot be read: {error}") from None
+
+
+def _bits(text: str) -> Tensor:
+    data = bytearray(base64.b64decode(text, validate=True))
+    return torch.frombuffer(data, dtype=torch.int64) if data else torch.empty(0, dtype=torch.int64)
 
 
 def _entry(row: Mapping[str, Any], bits: Tensor) -> PlanEntry:

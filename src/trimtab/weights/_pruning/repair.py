@@ -40,7 +40,7 @@ def repair_ls(weight: Tensor, gram: Tensor, keep: Tensor, damp: float = 1e-6) ->
     wide, weight = gram.double(), weight.double()
     kept = wide[keep][:, keep]
     # solve for the change: what is kept stays exactly as it is where the removed inputs were uncorrelated with it
-    lower = _factor(kept[None], damp, float(wide.diagonal().mean()))[0]
+    lower = damped_factor(kept[None], damp, float(wide.diagonal().mean()))[0]
     change = torch.cholesky_solve((weight[:, ~keep] @ wide[~keep][:, keep]).T, lower).T
     return (weight[:, keep] + change).float()
 
@@ -60,7 +60,7 @@ def repair_ls_rows(weight: Tensor, gram: Tensor, keep: Tensor, damp: float = 1e-
         system = torch.where(both, wide, 0.0)
         system.diagonal(dim1=1, dim2=2)[~mask] = mean or 1.0  # removed entries: rows of their own, whose solution is 0
         target = torch.where(mask, torch.where(mask, 0.0, rows) @ wide, 0.0)
-        change = torch.cholesky_solve(target[..., None], _factor(system, damp, mean))[..., 0]
+        change = torch.cholesky_solve(target[..., None], damped_factor(system, damp, mean))[..., 0]
         repaired.append(torch.where(mask, rows + change, 0.0).float())
     return torch.cat(repaired)
 
@@ -123,8 +123,9 @@ def remove_by_sweep(
     return Swept(found, ~removed.T.contiguous(), loss, torch.stack(scales, dim=1) if scales else None)
 
 
-def _factor(system: Tensor, damp: float, mean: float) -> Tensor:
-    """Lower Cholesky factors of [n, k, k], damped until all exist."""
+def damped_factor(system: Tensor, damp: float, mean: float) -> Tensor:
+    """Lower Cholesky factors of float64 [n, k, k], with `damp` times `mean` on the diagonal, and ten times as much, up
+    to six times over, until all exist. Raises NumericsError if they never do."""
     for escalation in range(_ESCALATIONS + 1):
         damped = system.clone()
         damped.diagonal(dim1=1, dim2=2).add_(damp * 10**escalation * mean if mean > 0 else 1.0)

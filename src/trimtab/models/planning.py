@@ -1,4 +1,4 @@
-"""What a method may look at before the first block is compressed: the whole model, its text, earlier answers."""
+"""What a method may look at before the first block is changed: the whole model, its text, earlier answers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from trimtab.models.views import LinearView
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """Handed to `WeightMethod.prepare`.
+    """Handed to the `prepare` of a method that changes a model (rooms weights and layers).
 
     model          uncompressed
-    targets        the linears that will be compressed, in model order
+    targets        the linears that will be replaced, in model order
     calibration    None if the method's `needs_text` is False
     directory      where answers are kept, so that a run that was killed does not ask again; None: nowhere
     record         of the run; `prepare` may enter metrics and time itself with `record.timed`
