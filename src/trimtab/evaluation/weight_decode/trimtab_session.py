@@ -14,6 +14,7 @@ from trimtab import models
 from trimtab.core.registry import method_class
 from trimtab.evaluation.weight_decode.measure import Setting
 from trimtab.evaluation.weight_decode.peer_sessions import WeightSession
+from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.compression import compress
 from trimtab.models.fast_decoding import fast_decoding
@@ -34,7 +35,7 @@ def open_trimtab(
     outliers: float = 0.0,
     cache: Mapping[str, Any] | None = None,
 ) -> WeightSession:
-    """The model compressed by a method of the room `weights` that needs no data; None: as it is.
+    """The model compressed by a method, on the tokens of the prompt if it wants text; None: as it is.
 
     rank, outliers   of the terms added to every layer: a low-rank part, and this share of the entries kept exactly
     cache            {"method", "options"} of a method of the room `cache`; None: transformers' own, in 16 bits
@@ -45,7 +46,8 @@ def open_trimtab(
         fast_decoding(model)
     else:
         chosen: Any = method_class(method)
-        compress(model, chosen(**settings), progress=False)
+        text = CalibrationSet.from_tokens(torch.tensor([setting.tokens()[: setting.prompt]]))
+        compress(model, chosen(**settings), calibration=text, progress=False)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear) and (rank or outliers):
             _replace(model, name, with_terms(layer, dense[name], rank, outliers))
