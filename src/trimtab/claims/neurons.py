@@ -48,8 +48,7 @@ def what_a_neuron_adds_beats_its_rows() -> Outcome:
 
 
 def what_a_neuron_adds_beats_its_energy() -> Outcome:
-    repaired = (Neurons(score=s, repair="least_squares") for s in ("energy_down", "energy"))  # type: ignore[arg-type]
-    own, other = repaired
+    own, other = (Neurons(score=score, repair="least_squares") for score in ("energy_down", "energy"))
     return _closer({"energy_down": (own, other)})
 
 
