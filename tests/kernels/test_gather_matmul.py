@@ -11,8 +11,8 @@ from torch import Tensor
 from trimtab.core.errors import ConfigError, KernelUnavailable, NumericsError
 from trimtab.kernels import bench, library
 from trimtab.kernels.bench import RMS_BOUND
-from trimtab.kernels.gather_matmul import bench as gather_bench
 from trimtab.kernels.gather_matmul import GatherWeight, gather_matmul, native
+from trimtab.kernels.gather_matmul import bench as gather_bench
 from trimtab.kernels.gather_matmul.prepared import prepared_gather
 from trimtab.kernels.gather_matmul.reference import gather_matmul_reference
 
