@@ -36,7 +36,7 @@ class PreparedFirst:
         parts = [layer.tensor.parts[0] for layer in layers]
         grids = [grid for part in parts if (grid := part.grid_weight()) is not None]
         sparse = [weight for part in parts if (weight := part.sparse_weight()) is not None]
-        gathers = [weight for part in parts if (weight := part.gather_weight()) is not None]
+        gathers = [gather for part in parts if (gather := part.gather_weight()) is not None]
         self.product: PreparedProducts | None = None
         if all(layer.tensor.transform is None for layer in layers):
             if len(grids) == len(layers):

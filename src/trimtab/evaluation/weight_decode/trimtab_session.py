@@ -14,6 +14,7 @@ from trimtab import models
 from trimtab.core.registry import method_class
 from trimtab.evaluation.weight_decode.measure import Setting
 from trimtab.evaluation.weight_decode.peer_sessions import WeightSession
+from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.compression import compress
 from trimtab.models.fast_decoding import fast_decoding
@@ -22,6 +23,7 @@ from trimtab.tensors.base import Part
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.low_rank import LowRank
 from trimtab.tensors.sparse import SparseOutliers
+from trimtab.tensors.sparse_inputs import SparseInputs
 
 
 def open_trimtab(
@@ -34,7 +36,7 @@ def open_trimtab(
     outliers: float = 0.0,
     cache: Mapping[str, Any] | None = None,
 ) -> WeightSession:
-    """The model compressed by a method of the room `weights` that needs no data; None: as it is.
+    """The model as a method changes it, which sees the setting's own tokens if it needs text; None: as it is.
 
     rank, outliers   of the terms added to every layer: a low-rank part, and this share of the entries kept exactly
     cache            {"method", "options"} of a method of the room `cache`; None: transformers' own, in 16 bits
@@ -44,13 +46,31 @@ def open_trimtab(
     if method is None:
         fast_decoding(model)
     else:
-        chosen: Any = method_class(method)
-        compress(model, chosen(**settings), progress=False)
+        chosen: Any = method_class(method)(**settings)
+        text = CalibrationSet.from_tokens(torch.tensor([setting.tokens()])) if chosen.needs_text else None
+        compress(model, chosen, calibration=text, progress=False)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear) and (rank or outliers):
             _replace(model, name, with_terms(layer, dense[name], rank, outliers))
     dense.clear()
-    return WeightSession(model, _caches(model, cache), library="trimtab", fast=use_fast_linear(model))
+    return _Session(model, _caches(model, cache), library="trimtab", fast=use_fast_linear(model))
+
+
+class _Session(WeightSession):
+    """A session of layers that may read a part of what they hold."""
+
+    def reference_step(self, token: int) -> list[float] | None:
+        """None where layers choose inputs by a threshold: one that rounding moves over it moves others in the next
+        layer, so that two exact ways to compute soon differ. The bench of kernels/gather_matmul demands parity."""
+        layers = [layer for layer in self._model.modules() if isinstance(layer, CompressedLinear)]
+        if any(isinstance(part, SparseInputs) for layer in layers for part in layer.tensor.parts):
+            return None
+        return super().reference_step(token)
+
+    def facts(self) -> dict[str, Any]:
+        layers = [layer for layer in self._model.modules() if isinstance(layer, CompressedLinear)]
+        unread = sum(part.nbytes - part.read_bytes for layer in layers for part in layer.tensor.parts)
+        return {**super().facts(), "read_bytes": self.weight_bytes() - self.embedding_bytes() - unread}
 
 
 def with_terms(layer: CompressedLinear, weight: Tensor, rank: int, outliers: float) -> CompressedLinear:
