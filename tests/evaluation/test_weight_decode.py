@@ -123,7 +123,7 @@ def test_pruned_models_compute_what_they_stand_for(model_directory: Path, name: 
     (system,) = weight_decode.choose([f"trimtab/{name}"])
     session = trimtab_session.open_trimtab(model_directory, SETTING, **system.options)
     figures = measure.measure(session, SETTING)
-    assert figures["parity"] < PARITY_BOUND
+    assert (figures["parity"] is None) if "rsparse" in name else (figures["parity"] < PARITY_BOUND)
     head, norms, weights = 131 * 64 * 2, 5 * 64 * 2, 2 * (64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 128)
     bits = {"dense": 16, "sparse-50": 9, "sparse-60": 7.4, "sparse-2:4": 9, "sparse-50+4bit": 3.3}
     if name in bits:  # and offsets

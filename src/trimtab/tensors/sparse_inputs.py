@@ -121,7 +121,7 @@ class SparseInputs(Part):
         More than MAX_ROWS rows are multiplied with W as a whole: masked, or not, if `prefill` is "dense".
         """
         few = x.shape.numel() <= MAX_ROWS * x.shape[-1]
-        if few and not (x.requires_grad and torch.is_grad_enabled()):
+        if few:
             return gather_matmul(x, self.columns, self.limit, self.scale, self.left, self.right)
         wide = torch.promote_types(x.dtype, self.columns.dtype)
         columns = self.columns.to(wide)

@@ -12,7 +12,7 @@ namespace trimtab {
 namespace {
 
 constexpr int64_t kSerialProducts = 1 << 16;  // below this, starting threads costs more than they save
-constexpr int64_t kBlockSums = 2048;          // outputs times rows that are summed at a time: half the first-level cache
+constexpr int64_t kBlockSums = 2048;          // outputs times rows summed at a time: they stay in the first-level cache
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 2 };
 
 GatherKernel gather_kernel_for(int32_t isa, int32_t dtype) {
