@@ -23,6 +23,7 @@ from trimtab.evaluation.linear_speed import makers
 from trimtab.evaluation.linear_speed import measure as linear_measure
 from trimtab.evaluation.weight_decode import _run, measure, quantizing, trimtab_session
 from trimtab.evaluation.weight_decode.peer_sessions import open_peer
+from trimtab.evaluation.weight_decode.systems import PRUNED
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.grid import GridFormat, GroupGrid
@@ -116,6 +117,19 @@ def test_a_trimtab_session_knows_its_bytes_and_its_reference(model_directory: Pa
     assert _run.agreement(plain.logits(), expected, demanded=True) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", PRUNED)
+def test_pruned_models_compute_what_they_stand_for(model_directory: Path, name: str) -> None:
+    (system,) = weight_decode.choose([f"trimtab/{name}"])
+    session = trimtab_session.open_trimtab(model_directory, SETTING, **system.options)
+    figures = measure.measure(session, SETTING)
+    assert figures["parity"] < PARITY_BOUND
+    head, norms, weights = 131 * 64 * 2, 5 * 64 * 2, 2 * (64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 128)
+    bits = {"dense": 16, "sparse-50": 9, "sparse-60": 7.4, "sparse-2:4": 9, "sparse-50+4bit": 3.3}[name]
+    assert figures["read_bytes"] - head - norms == pytest.approx(weights * bits / 8, rel=0.15)  # offsets are the rest
+    expected = _run.dense_logits(model_directory, SETTING)
+    assert _run.agreement(figures["logits"], expected, demanded=True) > (0.99 if name == "dense" else 0.5)
+
+
 def test_terms_hold_what_the_grid_leaves() -> None:
     weight = torch.randn(48, 64)
     layer = CompressedLinear(CompressedTensor((GroupGrid.quantize(weight, GridFormat(bits=2, group_size=32)),)))
@@ -160,6 +174,11 @@ def test_names_of_systems() -> None:
     ]
     assert cached[0].options["cache"] == {"method": "kivi", "options": {"bits": 4}}
     assert all("llama.cpp" not in system.name for system in linear_speed.choose())
+    pruned = [system.name for system in weight_decode.choose(["pruned"])]
+    assert pruned[:2] == ["trimtab/dense", "trimtab/sparse-50"]
+    assert not set(pruned) & set(names)
+    dense, sparse = linear_speed.choose(pruned[:2])
+    assert (dense.opener, sparse.opener) == ("makers:whole_models_only", "makers:trimtab_maker")
 
 
 @pytest.mark.parametrize(

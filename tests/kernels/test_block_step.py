@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import ConfigError
 from trimtab.kernels import library
 from trimtab.kernels.block_step import (
     MAX_ROWS,
@@ -24,9 +25,12 @@ from trimtab.kernels.block_step import (
 )
 from trimtab.kernels.grid_matmul import GridWeight, native
 from trimtab.kernels.packing import pack
+from trimtab.kernels.sparse_matmul import SparseWeight
+from trimtab.kernels.sparse_matmul import native as sparse_kernels
 from trimtab.kernels.terms import native as term_kernels
 
 from .conftest import inputs, make_grid
+from .test_sparse_matmul import CODES, sparse
 
 HERE = library.machine_isas() if library.absent() is None else ()
 pytestmark = pytest.mark.skipif(not HERE, reason=str(library.absent()))
@@ -50,6 +54,7 @@ every_isa = pytest.mark.parametrize("isa", library.ISAS, indirect=True)
 def same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared is all that stands between the products and terms: those have suites of their own."""
     monkeypatch.setattr(reference, "grid_matmul_reference", native.grid_matmul_native)
+    monkeypatch.setattr(reference, "sparse_matmul_reference", sparse_kernels.sparse_matmul_native)
     monkeypatch.setattr(reference, "low_rank_add_reference", term_kernels.low_rank_add_native)
     monkeypatch.setattr(reference, "sparse_add_reference", term_kernels.sparse_add_native)
 
@@ -81,6 +86,22 @@ def with_terms(block: Block, dtype: torch.dtype, names: tuple[str, ...] = ("q", 
         one = block.layers()[name]
         more = terms(one.weight.out_features, one.weight.in_features, dtype, sum(map(ord, name)))
         changed[name] = replace(one, terms=more if name != "v" else more[:1])
+    return replace(block, **changed)
+
+
+def sparsified(block: Block, names: tuple[str, ...]) -> Block:
+    """The block with bitmaps in some layers: numbers and codes in turn. Terms and biases stay."""
+    changed = {}
+    for place, name in enumerate(names):
+        one = block.layers()[name]
+        width = one.weight.in_features
+        dtype = (torch.bfloat16, CODES)[place % 2]
+        weight = sparse(one.weight.out_features, width, 0.5, dtype, seed=place)[1]
+        if weight.scales is None:
+            weight = replace(weight, values=weight.values * width**-0.5)
+        else:
+            weight = replace(weight, scales=weight.scales * (0.2 * width**-0.5))
+        changed[name] = replace(one, weight=weight)
     return replace(block, **changed)
 
 
@@ -170,6 +191,30 @@ def test_native_parity_with_terms(isa: str, dtype: torch.dtype, factors: torch.d
         for place in range(len(one.terms)):
             fewer = replace(one, terms=one.terms[:place] + one.terms[place + 1 :])
             assert not parity(block, replace(block, **{name: fewer})), (name, place)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", [("q", "k", "v", "o", "gate", "up", "down"), ("k", "up", "o")], ids=["all", "some"])
+def test_native_parity_with_bitmaps(isa: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Also beside grids that read the same input, and with terms and biases behind them."""
+    plain = sparsified(make_block(dtype, bias=True), names)
+    for block in (plain, with_terms(plain, torch.bfloat16)):
+        assert refuses(block) is None
+        for rows in (1, 3, MAX_ROWS):
+            assert parity(block, block, rows), rows
+    other = replace(plain, k=replace(plain.k, weight=plain.v.weight))
+    assert not parity(plain, other)
+
+
+def test_bitmaps_that_cannot_be_read_are_refused() -> None:
+    block = sparsified(make_block(torch.bfloat16), ("k",))
+    assert isinstance(block.k.weight, SparseWeight)
+    double = replace(block.k.weight, values=block.k.weight.values.double())
+    assert "values is torch.float64" in str(refuses(replace(block, k=replace(block.k, weight=double))))
+    with pytest.raises(ConfigError, match="bitmap is"):
+        wrong = replace(block.k.weight, bitmap=block.k.weight.bitmap[:, :1].contiguous())
+        refuses(replace(block, k=replace(block.k, weight=wrong)))
 
 
 def test_empty_terms_are_nothing() -> None:

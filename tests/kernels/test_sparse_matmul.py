@@ -48,11 +48,11 @@ def sparse(out: int, width: int, share: float, dtype: torch.dtype, seed: int = 0
     if 0 < share < 1 and out > 4:
         keep[0], keep[-1], keep[out // 2] = True, True, False
     if dtype == CODES:
-        codes = torch.randint(-8, 8, (out, width), generator=generator)
+        codes = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
         scales = (torch.rand(out, -(-width // 128), generator=generator) + 0.5).bfloat16()
         dense = codes * scales.double().repeat_interleave(128, dim=1)[:, :width]
         offsets = row_offsets(code_bytes(keep)).int()
-        weight = SparseWeight(pack_bits(keep), pack_codes(codes[keep], keep), offsets, width, scales, 128)
+        weight = SparseWeight(pack_bits(keep), pack_codes(codes, keep), offsets, width, scales, 128)
     else:
         stored = torch.randn(out, width, generator=generator).to(dtype)
         dense = stored.double()
@@ -86,7 +86,9 @@ def test_bits_round_trip(rows: int, columns: int, seed: int) -> None:
 def test_codes_of_a_word_begin_a_new_byte() -> None:
     mask = torch.zeros(2, 130, dtype=torch.bool)
     mask[0, [0, 5, 63, 64]] = mask[1, [128, 129]] = True
-    packed = pack_codes(torch.tensor([1, -1, 7, -8, 2, 3]), mask)
+    codes = torch.full((2, 130), 5, dtype=torch.int8)
+    codes[mask] = torch.tensor([1, -1, 7, -8, 2, 3], dtype=torch.int8)
+    packed = pack_codes(codes, mask)
     assert packed.tolist() == [0xF1, 0x07, 0x08, 0x32]
     assert code_bytes(mask).tolist() == [3, 1]
 
@@ -95,8 +97,8 @@ def test_codes_of_a_word_begin_a_new_byte() -> None:
 def test_codes_round_trip(rows: int, columns: int, seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, columns, generator=generator) < share
-    codes = torch.randint(-8, 8, (int(mask.sum()),), generator=generator)
-    assert torch.equal(unpack_codes(pack_codes(codes, mask), mask).long(), codes)
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    assert torch.equal(unpack_codes(pack_codes(codes, mask), mask), torch.where(mask, codes, 0))
 
 
 # Parity

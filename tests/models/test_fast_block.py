@@ -25,6 +25,7 @@ from trimtab.models.fast_decoding import fast_decoding
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.low_rank import svd
 from trimtab.tensors.sparse import SparseOutliers
+from trimtab.weights.magnitude import Magnitude
 
 from .decoding import BLOCKS, blocks, decode, make, native_steps, plain, prompt, same
 
@@ -52,6 +53,19 @@ def test_logits_are_those_of_the_modules(family: str, dtype: torch.dtype, calls:
             calls.clear()
     decode(model, MAX_ROWS + 1)
     assert not calls
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("options", [{}, {"value_bits": 4}], ids=["values", "codes"])
+def test_pruned_blocks_decode_like_their_modules(family: str, options: dict[str, Any], calls: list[int]) -> None:
+    model = tt.compress(random_model(family, dtype=torch.bfloat16), Magnitude(**options), progress=False)
+    modules = plain(model)
+    for rows in (1, 3, MAX_ROWS):
+        expected = decode(modules, rows)
+        assert not calls
+        same(decode(model, rows), expected)
+        assert calls == [rows] * 3 * BLOCKS
+        calls.clear()
 
 
 def test_a_few_tokens_of_each_row_go_together(calls: list[int]) -> None:

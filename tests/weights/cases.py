@@ -49,10 +49,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("magnitude", {"sparsity": "2:4", "value_dtype": "float16"}),
     ("magnitude", {"sparsity": "40%", "value_dtype": "bfloat16", "within": "model"}),
     ("wanda", {"sparsity": 0.35, "value_dtype": "bfloat16"}),
+    ("wanda", {"sparsity": "40%", "value_bits": 4, "value_group": 128}),
     ("wanda", {"sparsity": "4:8", "value_dtype": "bfloat16", "repair": "obs"}),
     ("wanda", {"sparsity": 0.5, "value_dtype": "bfloat16", "within": "model", "repair": "least_squares"}),
     ("sparsegpt", {"sparsity": 0.35, "value_dtype": "bfloat16"}),
     ("sparsegpt", {"sparsity": "2:4", "value_dtype": "float16", "block_size": 20}),
+    ("sparsegpt", {"sparsity": 0.35, "value_bits": 4}),
     ("gblm", {"sparsity": 0.35, "value_dtype": "bfloat16", "gradient_memory": "30kB"}),
     ("gblm", {"sparsity": "2:4", "value_dtype": "float16", "norm": "l2", "repair": "obs"}),
 ]
@@ -90,9 +92,9 @@ WITH_FEW_TARGETS: dict[str, dict[str, Any]] = {"mixed": {"budget": "205kB"}}
 
 
 def least_bits(options: dict[str, Any]) -> int:
-    """The fewest bits that any matrix may get; 16 for each value that is not pruned."""
+    """The fewest bits that any matrix may get; 16, or `value_bits`, for each value that is not pruned."""
     if "sparsity" in options:
-        return int(16 * (1 - Sparsity.of(options["sparsity"], "case").share))
+        return int(options.get("value_bits", 16) * (1 - Sparsity.of(options["sparsity"], "case").share))
     return int(options.get("bits", 2))
 
 

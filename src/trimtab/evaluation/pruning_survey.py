@@ -54,11 +54,11 @@ def _structured(model: str, share: float) -> Iterable[tuple[str, dict[str, Any]]
         yield from (("neurons", {**whole, "score": score, **repair}) for repair in repairs)
     yield from (("prunenet", {**whole, **repair}) for repair in repairs)
     mlp, blocks = _shares_of(model)
-    yield from (("modegpt", {"sparsity": share / blocks, "round_to": 1, **repair}) for repair in repairs)
-    yield "modegpt", {"sparsity": share / blocks, "round_to": 1, "joint_values": False}
-    yield "modegpt", {"sparsity": share / blocks, "round_to": 1, "score": "energy_down"}
-    yield "modegpt", {"sparsity": share / mlp, "round_to": 1, "parts": ("mlp",)}
-    yield "modegpt", {"sparsity": share / mlp, "round_to": 1, "export": "uniform"}
+    yield from (("modegpt", {"sparsity": round(share / blocks, 4), "round_to": 1, **repair}) for repair in repairs)
+    yield "modegpt", {"sparsity": round(share / blocks, 4), "round_to": 1, "joint_values": False}
+    yield "modegpt", {"sparsity": round(share / blocks, 4), "round_to": 1, "score": "energy_down"}
+    yield "modegpt", {"sparsity": round(share / mlp, 4), "round_to": 1, "parts": ("mlp",)}
+    yield "modegpt", {"sparsity": round(share / mlp, 4), "round_to": 1, "export": "uniform"}
 
 
 def _shares_of(model: str) -> tuple[float, float]:

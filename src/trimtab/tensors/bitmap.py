@@ -17,9 +17,8 @@ from torch import Tensor
 from trimtab.core.errors import CheckpointError, ConfigError, NumericsError
 from trimtab.kernels.sparse_matmul.bitmap import pack_bits, words
 from trimtab.tensors.base import checked_buffers, dtype_from_spec, shape_from_spec, stored_like
+from trimtab.tensors.sparse import VALUE_DTYPES
 from trimtab.tensors.support import SupportPart, check_support, stored_offsets
-
-VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)

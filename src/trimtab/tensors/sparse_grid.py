@@ -54,7 +54,10 @@ class SparseGrid(SupportPart):
         check_group_size(group_size)
         kept = torch.where(keep, weight.float(), 0.0)
         if scales is None:
-            scales = torch.stack([column_scales(part) for part in torch.split(kept, group_size, dim=1)], dim=1)
+            rows, columns = kept.shape
+            groups = -(-columns // group_size)
+            padded = torch.nn.functional.pad(kept, (0, groups * group_size - columns))
+            scales = group_scales(padded.view(rows * groups, group_size)).view(rows, groups)
         elif not bool(torch.isfinite(kept).all()):
             raise NumericsError(f"a weight of shape {list(weight.shape)} has NaN or infinity.")
         part = cls(
@@ -72,9 +75,8 @@ class SparseGrid(SupportPart):
         return code_bytes(mask)
 
     def nearest(self, target: Tensor) -> SparseGrid:
-        keep = self.mask()
-        codes = column_codes(target[keep], self._scales_of_kept(keep, self.scales), None, FORMAT)
-        return replace(self, values=pack_codes(codes.to(torch.int8) - _ZERO, keep))
+        codes = column_codes(target, self._spread(self.scales), None, FORMAT)
+        return replace(self, values=pack_codes(codes.to(torch.int8) - _ZERO, self.mask()))
 
     def sparse_weight(self) -> SparseWeight:
         return replace(super().sparse_weight(), scales=self.scales, group_size=self.group_size)
@@ -83,9 +85,7 @@ class SparseGrid(SupportPart):
         return {"scales": self.scales}
 
     def dense(self, continuous: Mapping[str, Tensor]) -> Tensor:
-        keep, scales = self.mask(), continuous["scales"].float()
-        values = unpack_codes(self.values, keep) * self._scales_of_kept(keep, scales)
-        return values.new_zeros(self.shape).masked_scatter(keep, values)
+        return unpack_codes(self.values, self.mask()) * self._spread(continuous["scales"])
 
     def with_continuous(self, continuous: Mapping[str, Tensor]) -> SparseGrid:
         return replace(self, scales=stored_like(self, continuous)["scales"])
@@ -128,9 +128,9 @@ class SparseGrid(SupportPart):
                 f"sparse_grid part of shape {list(self.shape)}: half a byte behind the codes of a word is not 0."
             )
 
-    def _scales_of_kept(self, keep: Tensor, scales: Tensor) -> Tensor:
-        """The scale of each kept entry, float32 [n]."""
-        return scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.in_features][keep]
+    def _spread(self, scales: Tensor) -> Tensor:
+        """The scale of each entry, float32 [out, in]."""
+        return scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
 
 def check_group_size(group_size: int) -> None:
@@ -139,11 +139,11 @@ def check_group_size(group_size: int) -> None:
         raise ConfigError(f"groups of {group_size} columns: a scale belongs to a multiple of {WORD} columns.")
 
 
-def column_scales(columns: Tensor) -> Tensor:
-    """The scales bfloat16 [out] of one group, given its columns [out, length] with zeros for what is not kept.
+def group_scales(groups: Tensor) -> Tensor:
+    """The scales bfloat16 [n] of n groups, the rows of `groups` [n, length], with zeros for what is not kept.
 
     Raises NumericsError for values that are not finite."""
-    return group_parameters(columns, FORMAT)[0]
+    return group_parameters(groups, FORMAT)[0]
 
 
 def rounded(column: Tensor, scales: Tensor) -> Tensor:

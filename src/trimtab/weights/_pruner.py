@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError, TargetError
-from trimtab.tensors.bitmap import VALUE_DTYPES, Bitmap
+from trimtab.tensors.bitmap import Bitmap
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.metric import Metric
+from trimtab.tensors.sparse import VALUE_DTYPES
 from trimtab.tensors.sparse_grid import SparseGrid, check_group_size
 from trimtab.weights._pruning.repair import remove_by_sweep, repair_ls_rows
 from trimtab.weights._pruning.selection import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trimtab.models.counting import ledger_of
 from trimtab.models.random import random_model
 from trimtab.models.statistics import Stats
 from trimtab.models.views import LinearView, ModelView
-from trimtab.tensors import Bitmap
+from trimtab.tensors import Bitmap, SparseGrid
 from trimtab.tensors.metric import InverseCholesky, Metric
 from trimtab.tensors.support import SupportPart
 from trimtab.weights import Gblm, Magnitude, Sparsegpt, Wanda
@@ -198,6 +199,53 @@ def test_dead_inputs_are_removed_and_singular_grams_fall_back_by_name(linear_of:
     tensor, notes = Sparsegpt(sparsity="4:8").compress(linear_of(weight), Stats("s", 99, gram=indefinite))
     assert "not positive definite" in str(notes["fallback_reason"])
     assert bool((tensor.dequantize().view(-1, 8).count_nonzero(dim=1) == 4).all())
+
+
+# Kept values of 4 bits
+
+
+def test_sparsegpt_rounds_as_it_goes_and_beats_rounding_at_the_end(linear_of: Make, correlated: Example) -> None:
+    weight, stats = correlated
+    for amount in (0.5, "2:4"):
+        joint = pruned(Sparsegpt(sparsity=amount, value_bits=4), linear_of(weight), stats)
+        alone = pruned(Sparsegpt(sparsity=amount), linear_of(weight), stats)
+        assert isinstance(joint, SparseGrid)
+        assert joint.scales.shape == (96, 2)
+        after = SparseGrid.from_dense(alone.dequantize(), alone.mask())
+        errors = [error(weight, part, stats) for part in (alone, joint, after)]
+        assert errors[0] < errors[1] < 0.9 * errors[2]
+        assert 8 * joint.nbytes < 3.6 * weight.numel()  # of 128 columns
+
+
+def test_the_loss_that_is_noted_counts_what_is_rounded(linear_of: Make, correlated: Example) -> None:
+    """sum e^2 = tr(D H D^T) of the stored weight: scales and codes that are stored are those of the sweep."""
+    weight, stats = correlated
+    assert stats.gram is not None
+    damped = stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(128)
+    tensor, notes = Sparsegpt(value_bits=4).compress(linear_of(weight), stats)
+    measured = Metric.gram(damped).squared_norm(tensor.dequantize() - weight) / 2
+    assert float(notes["sparsegpt_loss"]) == pytest.approx(measured, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [Wanda(value_bits=4), Wanda(value_bits=4, repair="obs"), Magnitude(value_bits=4)])
+def test_rounding_changes_no_choice(method: Any, linear_of: Make, correlated: Example) -> None:
+    weight, stats = correlated
+    part = pruned(method, linear_of(weight), stats)
+    exact = pruned(replace(method, value_bits=None), linear_of(weight), stats)
+    assert isinstance(part, SparseGrid)
+    assert torch.equal(part.mask(), exact.mask())
+    assert 0 < error(exact.dequantize(), part, stats) < 0.15
+
+
+def test_options_of_rounded_values_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="value_bits=4 and value_dtype='float16' exclude"):
+        Wanda(value_bits=4, value_dtype="float16")
+    with pytest.raises(ConfigError, match="option value_group=100: groups of 100 columns"):
+        Wanda(value_bits=4, value_group=100)
+    with pytest.raises(ConfigError, match="option value_group=192 must divide block_size=128"):
+        Sparsegpt(value_bits=4, value_group=192)
+    with pytest.raises(ConfigError, match="option value_bits=3"):
+        Wanda(value_bits=3)  # type: ignore[arg-type]
 
 
 # GBLM

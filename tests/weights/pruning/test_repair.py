@@ -26,12 +26,11 @@ def wanda_mask(weight: Tensor, gram: Tensor, count: int) -> Tensor:
 
 def swept(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     inverse = Metric.gram(gram).inverse_cholesky(1e-6)
-    swept = remove_by_sweep(
+    found = remove_by_sweep(
         weight, inverse, lambda start, block: ~keep.T[start : start + len(block)], choice_size=16, block_size=32
     )
-    values = swept.weight
-    assert torch.equal(swept.keep, keep)
-    return values
+    assert torch.equal(found.keep, keep)
+    return found.weight
 
 
 def error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
@@ -79,8 +78,8 @@ def test_costs_are_those_of_weights_that_hold_all_earlier_corrections(correlated
         shown[start] = costs.clone()
         return (torch.arange(len(costs))[:, None] % 2 == start // 64 * 2).expand(costs.shape)  # of the second: nothing
 
-    swept = remove_by_sweep(weight, inverse, first_half, choice_size=64, block_size=64)
-    corrected, keep = swept.weight, swept.keep
+    found = remove_by_sweep(weight, inverse, first_half, choice_size=64, block_size=64)
+    corrected, keep = found.weight, found.keep
     assert bool(keep[:, 64:].all())
     pivots = inverse.factor.diagonal().square()
     torch.testing.assert_close(shown[0].T, weight[:, :64].square() / pivots[:64])

@@ -14,15 +14,19 @@ _OPENERS = {"trimtab_session:open_trimtab": "makers:trimtab_maker", "peer_sessio
 def choose(systems: Sequence[str] | None = None) -> list[System]:
     """The systems to measure, in the order of the table; names as in `weight_decode.choose`, None: all.
 
-    A system without such a layer (llama.cpp's) is left out where it was not named. Raises ConfigError for unknown
-    names.
+    A system without such a layer (llama.cpp's, our uncompressed model) is left out where it was not named. Raises
+    ConfigError for unknown names.
     """
     chosen = weight_decode.choose(systems)
     return [
-        replace(system, opener=_OPENERS[system.opener]) if system.opener in _OPENERS else _whole_models_only(system)
+        replace(system, opener=_OPENERS[system.opener]) if _has_layer(system) else _whole_models_only(system)
         for system in chosen
-        if systems is not None or system.opener in _OPENERS
+        if systems is not None or _has_layer(system)
     ]
+
+
+def _has_layer(system: System) -> bool:
+    return system.opener in _OPENERS and system.options.get("method", "") is not None
 
 
 def _whole_models_only(system: System) -> System:

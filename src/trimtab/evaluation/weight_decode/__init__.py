@@ -3,7 +3,8 @@
     systems             which systems there are, by name, and what each needs installed
     _run                makes the model and its expected logits once, and lets `beside` give each system a process
     measure             what is measured, the same for all
-    trimtab_session     this library's representations, with low-rank and outlier terms and a cache where wanted
+    trimtab_session     this library's representations, with low-rank and outlier terms and a cache where wanted, and
+                        its pruned models beside the dense one
     peer_sessions       torch and what quantizes its linear layers in place: quantizing.py
     llama_cpp           llama.cpp with the formats that its own quantization makes of the same weights
 

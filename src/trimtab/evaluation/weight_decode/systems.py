@@ -12,6 +12,16 @@ from trimtab.evaluation.kv_decode.systems import trimtab_cache
 
 REPRESENTATIONS = ("grid-4", "grid-3", "grid-2", "grid-8", "grid-4+rank-32", "grid-4+outliers-0.5")
 """trimtab's representations that are measured unless others are named."""
+_HALF = {"sparsity": 0.5, "within": "row"}  # chosen by magnitude: the speed of a part does not depend on who chose
+PRUNED: dict[str, tuple[str | None, Mapping[str, Any]]] = {
+    "dense": (None, {}),
+    "sparse-50": ("magnitude", _HALF),
+    "sparse-60": ("magnitude", {**_HALF, "sparsity": 0.6}),
+    "sparse-2:4": ("magnitude", {"sparsity": "2:4"}),
+    "sparse-50+4bit": ("magnitude", {**_HALF, "value_bits": 4}),
+}
+"""Name -> method and options of trimtab's models with less in them, beside the one they are made of. All of them are
+asked for as "pruned"."""
 GROUP = 64
 _GRID = "rtn"  # whose codes are the cheapest to find; the speed of a grid does not depend on who chose them
 
@@ -44,34 +54,37 @@ _WITH_CACHE = tuple(_llama_cpp("q4_0", cache, f"+kv-{cache}") for cache in _KV_T
 
 
 def trimtab_system(name: str, cache: str | None = None) -> System:
-    """trimtab's `METHOD-BITS[-GROUP][+rank-R][+outliers-PERCENT]`; grid-BITS stands for rtn, the group is 64 unless
-    named. Raises ConfigError for what is none."""
+    """trimtab's `METHOD-BITS[-GROUP][+rank-R][+outliers-PERCENT]`, or one of PRUNED; grid-BITS stands for rtn, the
+    group is 64 unless named. Raises ConfigError for what is none."""
+    suffix = "" if cache is None else f"+{cache}"
+    options: dict[str, Any] = {} if cache is None else {"cache": dict(trimtab_cache(cache).options)}
+    if name in PRUNED:
+        options["method"], options["settings"] = PRUNED[name]
+        return System(f"trimtab/{name}{suffix}", "trimtab_session:open_trimtab", options)
     representation, *terms = name.split("+")
     method, *numbers = representation.split("-")
     form = "METHOD-BITS, METHOD-BITS-GROUP, and +rank-32 or +outliers-0.5 after it"
     if not 1 <= len(numbers) <= 2 or not all(number.isdigit() for number in numbers):
-        raise ConfigError(f"'{name}' is no representation; write {form}.")
+        raise ConfigError(f"'{name}' is no representation; write {form}, or one of {', '.join(PRUNED)}.")
     info = method_info(_GRID if method == "grid" else method)
     if info.room != "weights":
         raise ConfigError(f"'{name}': {info.name} is a method of the room {info.room}, not of weights.")
     settings = {"bits": int(numbers[0]), "group_size": int(numbers[1]) if numbers[1:] else GROUP}
-    options: dict[str, Any] = {"method": info.name, "settings": settings}
+    options |= {"method": info.name, "settings": settings}
     for term in terms:
         kind, _, value = term.partition("-")
         try:
             options[kind] = _TERMS[kind](value)
         except (KeyError, ValueError):
             raise ConfigError(f"'{name}': '{term}' is no term; write {form}.") from None
-    if cache is not None:
-        options["cache"] = dict(trimtab_cache(cache).options)
-    suffix = "" if cache is None else f"+{cache}"
     return System(f"trimtab/{name}{suffix}", "trimtab_session:open_trimtab", options)
 
 
 def choose(systems: Sequence[str] | None = None, cache: str | None = None) -> list[System]:
     """The systems to measure, in the order of the table: trimtab's, then the others.
 
-    systems   names, or libraries, which stand for all of theirs ("llama.cpp"); None: all
+    systems   names, or libraries, which stand for all of theirs ("llama.cpp"), or "pruned" for trimtab's PRUNED; None:
+              all but those
     cache     trimtab's cache METHOD-BITS for trimtab's systems, beside llama.cpp's 4-bit weights with each of its
               types of keys and values; None: 16-bit keys and values everywhere
 
@@ -85,12 +98,14 @@ def choose(systems: Sequence[str] | None = None, cache: str | None = None) -> li
     for name in systems:
         if name == "trimtab":
             found = [trimtab_system(representation, cache) for representation in own]
+        elif name == "pruned":
+            found = [trimtab_system(pruned, cache) for pruned in PRUNED]
         elif name.startswith("trimtab/"):
             found = [trimtab_system(name.removeprefix("trimtab/"), cache)]
         else:
             found = [system for system in fixed if name in (system.name, system.library)]
         if not found:
-            known = {"trimtab", *(system.name for system in fixed), *(system.library for system in fixed)}
+            known = {"trimtab", "pruned", *(system.name for system in fixed), *(system.library for system in fixed)}
             raise ConfigError(f"unknown system '{name}'. {did_you_mean(name, known)}")
         chosen |= {system.name: system for system in found}
     return sorted(chosen.values(), key=lambda system: system.library != "trimtab")

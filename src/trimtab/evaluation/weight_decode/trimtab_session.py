@@ -16,6 +16,7 @@ from trimtab.evaluation.weight_decode.measure import Setting
 from trimtab.evaluation.weight_decode.peer_sessions import WeightSession
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.compression import compress
+from trimtab.models.fast_decoding import fast_decoding
 from trimtab.models.fast_linear import use_fast_linear
 from trimtab.tensors.base import Part
 from trimtab.tensors.compressed import CompressedTensor
@@ -27,21 +28,24 @@ def open_trimtab(
     directory: Path,
     setting: Setting,
     *,
-    method: str,
+    method: str | None,
     settings: Mapping[str, Any],
     rank: int = 0,
     outliers: float = 0.0,
     cache: Mapping[str, Any] | None = None,
 ) -> WeightSession:
-    """The model compressed by a method of the room `weights` that needs no data.
+    """The model compressed by a method of the room `weights` that needs no data; None: as it is.
 
     rank, outliers   of the terms added to every layer: a low-rank part, and this share of the entries kept exactly
     cache            {"method", "options"} of a method of the room `cache`; None: transformers' own, in 16 bits
     """
     model = models.load(directory)
     dense = {name: linear.weight.detach() for name, linear in model.named_modules() if isinstance(linear, nn.Linear)}
-    chosen: Any = method_class(method)
-    compress(model, chosen(**settings), progress=False)
+    if method is None:
+        fast_decoding(model)
+    else:
+        chosen: Any = method_class(method)
+        compress(model, chosen(**settings), progress=False)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear) and (rank or outliers):
             _replace(model, name, with_terms(layer, dense[name], rank, outliers))

@@ -64,7 +64,7 @@ def _numbers(keep: Tensor, generator: torch.Generator) -> SparseWeight:
 
 
 def _coded(keep: Tensor, generator: torch.Generator) -> SparseWeight:
-    codes = torch.randint(-8, 8, (int(keep.sum()),), generator=generator)
+    codes = torch.randint(-8, 8, keep.shape, generator=generator, dtype=torch.int8)
     scales = torch.rand(len(keep), -(-keep.shape[1] // _GROUP), generator=generator) + 0.5
     offsets = row_offsets(code_bytes(keep)).int()
     return SparseWeight(pack_bits(keep), pack_codes(codes, keep), offsets, keep.shape[1], scales.bfloat16(), _GROUP)

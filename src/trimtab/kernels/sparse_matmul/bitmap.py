@@ -42,32 +42,33 @@ def row_offsets(counts: Tensor) -> Tensor:
 
 def code_bytes(mask: Tensor) -> Tensor:
     """Bytes that the codes of each row take, int64 [rows], for the bool [rows, columns] of what is kept."""
-    return _word_bytes(mask).sum(1)
+    return ((_by_word(mask).sum(-1) + 1) // 2).view(len(mask), words(mask.shape[1])).sum(1)
 
 
 def pack_codes(codes: Tensor, mask: Tensor) -> Tensor:
-    """Codes [n] from -8 to 7, row after row, columns ascending, of what bool [rows, columns] keeps -> uint8 bytes."""
-    halves = torch.zeros(2 * int(code_bytes(mask).sum()), dtype=torch.uint8, device=mask.device)
-    halves[_half_bytes(mask)] = codes.to(torch.int8).view(torch.uint8) & 15
+    """The bytes, uint8, of those codes int8 [rows, columns], from -8 to 7, that bool `mask` keeps."""
+    halves = torch.nn.functional.pad(_by_word(codes), (0, 1))[_filled(_by_word(mask))].view(torch.uint8) & 15
     return halves[::2] | halves[1::2] << 4
 
 
 def unpack_codes(packed: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `pack_codes`: int8 [n]."""
-    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()
-    return (halves[_half_bytes(mask)] ^ 8).view(torch.int8) - 8
+    """The inverse of `pack_codes`: int8 [rows, columns], 0 where nothing is kept."""
+    rows, columns = mask.shape
+    halves = (torch.stack([packed & 15, packed >> 4], dim=-1).flatten() ^ 8).view(torch.int8) - 8
+    places = _filled(_by_word(mask))
+    spread = torch.zeros(places.shape, dtype=torch.int8, device=mask.device).masked_scatter_(places, halves)
+    return spread[:, :WORD].reshape(rows, words(columns) * WORD)[:, :columns]
 
 
-def _half_bytes(mask: Tensor) -> Tensor:
-    """Where the code of each kept entry is, in half bytes, int64 [n]."""
-    kept = _whole_words(mask).view(-1, WORD)
-    begins = row_offsets(_word_bytes(mask).flatten())[:-1]
-    return (2 * begins[:, None] + kept.cumsum(1) - 1)[kept]
+def _by_word(matrix: Tensor) -> Tensor:
+    """[rows, columns] -> [rows * words, 64]."""
+    rows, columns = matrix.shape
+    return _whole_words(matrix).reshape(rows * words(columns), WORD)
 
 
-def _word_bytes(mask: Tensor) -> Tensor:
-    """int64 [rows, words]."""
-    return (_whole_words(mask).view(len(mask), words(mask.shape[1]), WORD).sum(-1) + 1) // 2
+def _filled(kept: Tensor) -> Tensor:
+    """bool [words, 65]: what is kept, and behind it the half byte that fills up an odd number."""
+    return torch.cat([kept, (kept.sum(1, keepdim=True) % 2).bool()], dim=1)
 
 
 def _whole_words(mask: Tensor) -> Tensor:

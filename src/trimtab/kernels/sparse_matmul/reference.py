@@ -14,12 +14,11 @@ from trimtab.kernels.sparse_matmul.weight import SparseWeight
 def dequantize(weight: SparseWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight [out, in], zero where nothing is kept; `scale * code` in float32, then rounded to `dtype`."""
     kept = unpack_bits(weight.bitmap, weight.in_features)
-    values = weight.values
     if weight.scales is not None:
         scales = weight.scales.float().repeat_interleave(weight.group_size, dim=1)[:, : weight.in_features]
-        values = unpack_codes(values, kept) * scales[kept]
+        return (unpack_codes(weight.values, kept) * scales).to(dtype)
     dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
-    return dense.masked_scatter(kept, values.to(dtype))
+    return dense.masked_scatter(kept, weight.values.to(dtype))
 
 
 def sparse_matmul_reference(x: Tensor, weights: Sequence[SparseWeight]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.core.errors import ConfigError, NumericsError
 from trimtab.tensors.metric import InverseCholesky
-from trimtab.tensors.sparse_grid import column_scales, rounded
+from trimtab.tensors.sparse_grid import group_scales, rounded
 from trimtab.weights._column_sweep import sweep
 
 _ESCALATIONS = 6
@@ -114,7 +114,7 @@ def remove_by_sweep(
             return torch.where(removed[i], 0.0, columns[i])
         if i % rounded_group == 0:
             group = slice(i, i + rounded_group)
-            scales.append(column_scales(torch.where(removed[group], 0.0, columns[group]).T))
+            scales.append(group_scales(torch.where(removed[group], 0.0, columns[group]).T))
         on_grid[i] = torch.where(removed[i], 0.0, rounded(columns[i], scales[-1]))
         return on_grid[i]
 
