@@ -347,6 +347,40 @@ def test_neurons_that_never_fire_go_first(score: str, calibration: CalibrationSe
     assert all(torch.equal(entry.keep, torch.arange(112) % 2 == 0) for entry in plan.entries)
 
 
+def test_energy_at_the_output_leaves_out_neurons_that_nothing_reads(calibration: CalibrationSet) -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        for block in ModelView.of(model).blocks:
+            for linear in block.mlp.linears:
+                if linear.role == "down":
+                    linear.module.weight[:, 1::2] = 0
+    method = {"sparsity": 0.5, "score": "energy_down", "parts": ("mlp",), **UNIFORM}
+    plan = Plan.of_model(sliced(model, calibration, **method))
+    assert all(torch.equal(entry.keep, torch.arange(112) % 2 == 0) for entry in plan.entries)
+
+
+def test_pairs_are_those_with_the_largest_energy_of_what_is_computed(calibration: CalibrationSet) -> None:
+    """With biases, which inputs that are not centred add to or take from."""
+    model = model_of("llama")
+    attention = model.get_submodule("model.layers.0.self_attn")
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj"):
+            linear = attention.get_submodule(name)
+            linear.bias.mul_(20)
+            linear.register_forward_hook(lambda module, args, out, name=name: found.__setitem__(name, out))
+        model(input_ids=calibration.tokens)
+    energies = {name: out.double().square().mean((0, 1)).view(2, -1, 2, 8).sum((1, 2)) for name, out in found.items()}
+    scores = energies["q_proj"] * energies["k_proj"]
+    kept = scores.topk(4, dim=1)
+    made = sliced(model, calibration, sparsity=0.5, parts=("qk",), targets=("*.0.*",), **UNIFORM)
+    assert Plan.of_model(made).entries[0].keep.view(2, 8).nonzero()[:, 1].view(2, 4).tolist() == (
+        kept.indices.sort(dim=1).values.tolist()
+    )
+    for entry in record(made).changed:
+        assert entry["kept_energy"] == pytest.approx(float(kept.values.sum() / scores.sum()), rel=1e-4)
+
+
 def test_pairs_without_energy_go_first_in_each_head(calibration: CalibrationSet) -> None:
     """Of KV head 0 the odd pairs of the keys are silent, of head 1 the even pairs of all its queries."""
     model = model_of("llama")

@@ -167,11 +167,6 @@ class MoDeGpt(SliceMethod):
     def _parts_of(self, block: BlockView) -> tuple[Part, ...]:
         return tuple(part for part in self._parts if not (part == "qk" and _is_normalised(block)))
 
-    def check_model(self, model: PreTrainedModel, targets: Sequence[LinearView]) -> None:
-        if self._allocation == "uniform":
-            shares = dict.fromkeys({linear.block for linear in targets}, self.sparsity)
-            self._refuse_nothing(self._removed(model, targets, shares))
-
     def prepare(self, planning: Planning) -> WeightMethod:
         from trimtab.models.block_influence import block_influence
         from trimtab.models.views import ModelView
