@@ -48,9 +48,14 @@ def what_a_neuron_adds_beats_its_rows() -> Outcome:
 
 
 def what_a_neuron_adds_beats_its_energy() -> Outcome:
-    repaired = (Neurons(score=s, repair="least_squares") for s in ("energy_down", "energy"))  # type: ignore[arg-type]
-    own, other = repaired
-    return _closer({"energy_down": (own, other)})
+    return _closer(
+        {
+            "energy_down": (
+                Neurons(score="energy_down", repair="least_squares"),
+                Neurons(score="energy", repair="least_squares"),
+            )
+        }
+    )
 
 
 _PAPER = method_info("neurons").paper

@@ -19,8 +19,8 @@ PRUNED: dict[str, tuple[str | None, Mapping[str, Any]]] = {
     "sparse-60": ("magnitude", {**_HALF, "sparsity": 0.6}),
     "sparse-2:4": ("magnitude", {"sparsity": "2:4"}),
     "sparse-50+4bit": ("magnitude", {**_HALF, "value_bits": 4}),
-    "rsparse-50": ("rsparse", {"sparsity": 0.5}),
-    "rsparse-50-thresholds": ("rsparse", {"sparsity": 0.5, "alpha": 1.0, "criterion": "magnitude"}),
+    "neurons-30": ("neurons", {"sparsity": 0.3, "counted": "parameters", "round_to": 32}),
+    "rsparse-50": ("rsparse", {"sparsity": 0.5, "prefill": "dense"}),
 }
 """Name -> method and options of trimtab's models with less in them, beside the one they are made of. All of them are
 asked for as "pruned"."""

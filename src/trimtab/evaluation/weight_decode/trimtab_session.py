@@ -36,7 +36,7 @@ def open_trimtab(
     outliers: float = 0.0,
     cache: Mapping[str, Any] | None = None,
 ) -> WeightSession:
-    """The model as a method changes it, which sees the setting's own tokens if it needs text; None: as it is.
+    """The model compressed by a method, on the tokens of the prompt if it wants text; None: as it is.
 
     rank, outliers   of the terms added to every layer: a low-rank part, and this share of the entries kept exactly
     cache            {"method", "options"} of a method of the room `cache`; None: transformers' own, in 16 bits
@@ -46,9 +46,9 @@ def open_trimtab(
     if method is None:
         fast_decoding(model)
     else:
-        chosen: Any = method_class(method)(**settings)
-        text = CalibrationSet.from_tokens(torch.tensor([setting.tokens()])) if chosen.needs_text else None
-        compress(model, chosen, calibration=text, progress=False)
+        chosen: Any = method_class(method)
+        text = CalibrationSet.from_tokens(torch.tensor([setting.tokens()[: setting.prompt]]))
+        compress(model, chosen(**settings), calibration=text, progress=False)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear) and (rank or outliers):
             _replace(model, name, with_terms(layer, dense[name], rank, outliers))
