@@ -120,12 +120,11 @@ class SparseInputs(Part):
 
         More than MAX_ROWS rows are multiplied with W as a whole: masked, or not, if `prefill` is "dense".
         """
-        few = x.shape.numel() <= MAX_ROWS * x.shape[-1]
-        if few:
+        if x.shape.numel() <= MAX_ROWS * x.shape[-1]:
             return gather_matmul(x, self.columns, self.limit, self.scale, self.left, self.right)
         wide = torch.promote_types(x.dtype, self.columns.dtype)
         columns = self.columns.to(wide)
-        if not few and self.prefill == "dense" and not _every_token.get():
+        if self.prefill == "dense" and not _every_token.get():
             return (x.to(wide) @ columns).to(x.dtype)
         large = counts(x, self.limit, self.scale)
         out = torch.where(large, x, 0).to(wide) @ columns
