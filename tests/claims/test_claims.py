@@ -78,6 +78,8 @@ NEGATIVE = (
     "Contrasting the last layer with an early one",
     "Choosing the early layer for each token",
     "Searching by chunks beats adding",
+    "Large inputs exactly and the rest through a low-rank copy",
+    "At 50 % the model is comparable to the dense one",
     "Scoring neurons by what they add to the output",
     "Every metric has a best answer of its own",
 )
