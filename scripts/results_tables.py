@@ -5,7 +5,7 @@
 
 A table stands between `<!-- results: THEME [CHOICE] -->` and `<!-- end results -->`. It is drawn from the newest file
 `benchmarks/results/THEME-MACHINE-DATE.json`, which `make results`, `make claims` and `make bench` write. The choice is
-a method, `3-bit` for methods at that width, or `batch-1` for kernels.
+a method, `3-bit` for methods at that width, a group of the pruning survey, or `batch-1` for kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding_tables import acceptance_table, controlled_table, decoding_table
+from survey_tables import pruning_peers_table, pruning_table, weights_peers_table, weights_table
 
 from trimtab.app.report import text
 from trimtab.app.report.cache_view import cache_row, cells_of, columns_of
@@ -146,63 +147,6 @@ def caches_table(document: Document, method: str | None) -> str:
     return f"{markdown(heads, lines)}\n\n{source_line(document, note)}"
 
 
-def weights_table(document: Document, method: str | None) -> str:
-    """Rows of the weights survey: bytes, KL plain and with outlier channels on both texts, tasks of the plain model.
-
-    `method` is that method's rows, or `3-bit` those of that width.
-    """
-    entries = [e for e in document["entries"] if method in (None, e["method"]) or f" {method}" in e["label"]]
-    if not entries:
-        return ""
-    tasks = list(document["uncompressed"])
-    columns = ["method", "bits per weight", "bytes at rest"]
-    texts = {"prose": "prose"} | ({"second_text": str(document["second_text"])} if document.get("second_text") else {})
-    places = [(condition, key) for condition in ("plain", "outliers") for key in texts]
-    columns += [f"KL, {texts[key]}{'' if condition == 'plain' else ', outliers'}" for condition, key in places]
-    columns += ["bits per byte of prose" if task == "prose" else task for task in tasks]
-    first_cells = ["uncompressed", *[text.NOTHING] * (2 + len(places))]
-    rows = [first_cells + [text.number(document["uncompressed"][task]["value"]) for task in tasks]]
-    for entry in sorted(entries, key=lambda e: float(e["runs"][0]["bytes_at_rest"])):
-        first = entry["runs"][0]
-        cells = [entry["label"], f"{first['bits_per_weight']:.2f}", text.size(first["bytes_at_rest"])]
-        cells += [_over_seeds(entry["runs"], *place) for place in places]
-        rows.append(cells + [text.number(entry["tasks"][task]["value"]) for task in tasks])
-    note = "KL to the original in nats per token: mean over seeds, and their range; other columns: first seed."
-    return f"{markdown(columns, rows)}\n\n{source_line(document, note)}"
-
-
-def weights_peers_table(document: Document, _: str | None) -> str:
-    """KL of each library's quantizer, best first at each number of bits; what did not run, with the reason."""
-    entries = sorted(
-        document["entries"],
-        key=lambda e: (e["bits"], e["prose"]["kl_nats_per_token"]["value"] if "prose" in e else 1e9),
-    )
-    rows = []
-    for entry in entries:
-        ran = "prose" in entry
-        kl = text.interval(Interval.of(entry["prose"]["kl_nats_per_token"])) if ran else str(entry["error"])
-        stored = f"{entry['bits_per_weight']:.2f}" if ran else text.NOTHING
-        taken = text.seconds(entry["seconds"]) if ran else text.NOTHING
-        rows.append([str(entry["bits"]), entry["system"], stored, kl, taken])
-    note = (
-        "Codes in groups of 64 and the same text for all; KL to the original in nats per token on held-out prose, 95 % "
-        "intervals; one core each."
-    )
-    return (
-        f"{markdown(['bits', 'system', 'bits per weight', 'KL', 'time'], rows)}\n\n{source_line(document, note)}"
-        if rows
-        else ""
-    )
-
-
-def _over_seeds(runs: Sequence[Mapping[str, Any]], condition: str, key: str) -> str:
-    found = [r["texts"][key]["kl_nats_per_token"]["value"] for r in runs if r["condition"] == condition]
-    if not found:
-        return text.NOTHING
-    mean = text.number(sum(found) / len(found))
-    return mean if min(found) == max(found) else f"{mean} ({text.number(min(found))} to {text.number(max(found))})"
-
-
 def kv_decode_table(document: Document, _: str | None) -> str:
     """Decoding with a long context: each system that ran, the longest context last."""
     entries = [e for e in document["entries"] if e.get("decode_ms_median") is not None]
@@ -272,8 +216,10 @@ def evaluate_table(document: Document, _: str | None) -> str:
 
 TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "compare": compare_table,
-    "weights": weights_table,
-    "weights-peers": weights_peers_table,
+    "weights": lambda document, method: finished(document, *weights_table(document, method)),
+    "weights-peers": lambda document, method: finished(document, *weights_peers_table(document, method)),
+    "pruning": lambda document, choice: finished(document, *pruning_table(document, choice)),
+    "pruning-peers": lambda document, choice: finished(document, *pruning_peers_table(document, choice)),
     "claims": claims_table,
     "caches": caches_table,
     "evaluate": evaluate_table,

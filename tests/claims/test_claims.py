@@ -63,6 +63,8 @@ def test_nan_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NEGATIVE = (
+    "A policy trained on weights alone keeps more of the spectrum",
+    "Without calibration text it is closer to the original model than removing random",
     "Window attention breaks as soon",
     "Retrieval heads are sparse",
     "At equal bytes the low-rank part lowers",
@@ -76,6 +78,7 @@ NEGATIVE = (
     "Contrasting the last layer with an early one",
     "Choosing the early layer for each token",
     "Searching by chunks beats adding",
+    "Scoring neurons by what they add to the output",
     "Every metric has a best answer of its own",
 )
 """How those claims begin that do not hold on models as small as the reference ones; the journal says why."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_pruned_models_compute_what_they_stand_for(model_directory: Path, name: 
     (system,) = weight_decode.choose([f"trimtab/{name}"])
     session = trimtab_session.open_trimtab(model_directory, SETTING, **system.options)
     figures = measure.measure(session, SETTING)
-    assert figures["parity"] < PARITY_BOUND
+    assert (figures["parity"] is None) if "rsparse" in name else (figures["parity"] < PARITY_BOUND)
     head, norms, weights = 131 * 64 * 2, 5 * 64 * 2, 2 * (64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 128)
     bits = {"dense": 16, "sparse-50": 9, "sparse-60": 7.4, "sparse-2:4": 9, "sparse-50+4bit": 3.3}
     if name in bits:  # and offsets
@@ -242,19 +243,30 @@ def test_heads_stay_dense_and_everything_else_counts() -> None:
     assert sum(tensor.numel() for tensor in quantizing.weight_tensors(module)) == 2 * 20 + 3
 
 
-@pytest.mark.parametrize("session", [sessions.TrimtabGptq, sessions.TrimtabLoftq])
+@pytest.mark.parametrize(
+    "session",
+    [
+        sessions.TrimtabGptq,
+        sessions.TrimtabLoftq,
+        functools.partial(sessions.TrimtabPruning, method="sparsegpt"),
+        functools.partial(sessions.TrimtabPruning, method="wanda"),
+    ],
+)
 def test_compressing_is_timed_and_checked(
-    session: type[sessions.TorchSession], model_directory: Path, monkeypatch: pytest.MonkeyPatch
+    session: Callable[[Path, compress_time.Setting], sessions.TorchSession],
+    model_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     setting = compress_time.Setting(sequences=2, length=32, rank=4)
     sessions.write_tokens(model_directory, torch.randint(131, (2, 32)))
-    figures = compress_measure.measure(session(model_directory, setting), setting)
+    made = session(model_directory, setting)
+    figures = compress_measure.measure(made, setting)
     assert figures["compress_s"] > 0
     assert figures["peak_rss_bytes"] > 50 << 20
-    assert 1e-3 < figures["weight_error"] < 0.05
+    assert 1e-3 < figures["weight_error"] < made.largest_error
     untouched = session(model_directory, setting)
     monkeypatch.setattr(untouched, "compress", lambda: None)
-    with pytest.raises(NumericsError, match="not the model at 4 bits"):
+    with pytest.raises(NumericsError, match="not the model as it was to be compressed"):
         compress_measure.measure(untouched, setting)
 
 
@@ -269,8 +281,10 @@ def test_a_run_of_compressing_gives_all_systems_the_same_data(monkeypatch: pytes
     monkeypatch.setattr(shared_run, "measure_system", measured)
     setting = compress_time.Setting(model="ref", sequences=2, length=64)
     entries = compress_time.run(compress_time.choose(["trimtab"]), setting, threads=1)
-    assert [name for name, _ in seen] == ["trimtab/gptq-4", "trimtab/loftq-4"]
-    assert seen[0][1] == seen[1][1]
-    assert [(entry["model"], entry["compress_s"]) for entry in entries] == [("ref", 1.0)] * 2
+    assert [name for name, _ in seen] == [
+        f"trimtab/{method}" for method in ("gptq-4", "loftq-4", "sparsegpt-50", "wanda-50")
+    ]
+    assert len({tokens for _, tokens in seen}) == 1
+    assert [(entry["model"], entry["compress_s"]) for entry in entries] == [("ref", 1.0)] * 4
     with pytest.raises(ConfigError, match="Did you mean 'peft'"):
         compress_time.choose(["pefft"])

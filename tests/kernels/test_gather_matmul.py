@@ -11,8 +11,9 @@ from torch import Tensor
 from trimtab.core.errors import ConfigError, KernelUnavailable, NumericsError
 from trimtab.kernels import bench, library
 from trimtab.kernels.bench import RMS_BOUND
+from trimtab.kernels.gather_matmul import GatherWeight, gather_matmul, native
 from trimtab.kernels.gather_matmul import bench as gather_bench
-from trimtab.kernels.gather_matmul import gather_matmul, native
+from trimtab.kernels.gather_matmul.prepared import prepared_gather
 from trimtab.kernels.gather_matmul.reference import gather_matmul_reference
 
 from .conftest import inputs, needs_native, relative_rms
@@ -126,6 +127,33 @@ def test_an_input_at_the_threshold_does_not_count(isa: str) -> None:
         assert run(x, columns, 0.5)[0].tolist() == [0, 0, x[0, 2].item(), x[0, 3].item(), 0]
         halves = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0])
         assert (run(x, columns, 0.5, halves)[0] != 0).tolist() == [False, True, False, True, False]
+
+
+@needs_native
+def test_several_weights_in_one_call_are_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of threads, also where there are fewer outputs or inputs than threads share."""
+    monkeypatch.delenv("TRIMTAB_KERNELS", raising=False)
+    weights = []
+    for place, (out, rank) in enumerate(((200, 3), (64, 0), (1, 1), (517, 16))):
+        left, right = factors_of(301, out, rank, torch.bfloat16) if rank else (None, None)
+        threshold, scale = torch.tensor([0.4 + 0.2 * place]), scale_of(301) if place % 2 else None
+        weights.append(GatherWeight(columns_of(301, out, torch.bfloat16), threshold, scale, left, right))
+    product, before = prepared_gather(weights), torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            for rows in (1, 3, native.MAX_ROWS):
+                x = inputs(rows, 301, torch.bfloat16)
+                torch.set_num_threads(1)
+                alone = [gather_matmul(x, w.columns, float(w.threshold), w.scale, w.left, w.right) for w in weights]
+                for threads in (1, 2, 3, 4, 6):
+                    torch.set_num_threads(threads)
+                    assert product.accepts(x)
+                    found = product.run(x)
+                    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True)), (rows, threads)
+            weights[0].threshold.fill_(float("inf"))
+            assert not torch.equal(product.run(x)[0], alone[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_native

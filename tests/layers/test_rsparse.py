@@ -240,6 +240,8 @@ def test_evolution_finds_a_valley_and_never_loses_what_it_had() -> None:
     assert seen[:2] == [(100,) * 4, (95,) * 4]
     assert len(seen) == 16 + 12 * 12
     assert all(2 <= gene <= 100 for genes in seen for gene in genes)
+    born = [{genes[place] for genes in seen[:16]} for place in range(4)]
+    assert any(gene not in born[place] for genes in seen[16:] for place, gene in enumerate(genes))  # by mutation
     assert loss(best) == min(map(loss, set(seen)))
     assert loss(best) < 0.05 * min(loss((100,) * 4), loss((95,) * 4))
     assert evolve(4, loss, **options) == best

@@ -30,12 +30,24 @@ from trimtab.tensors.grid import GridFormat, GroupGrid
 from trimtab.tensors.low_rank import LowRank
 from trimtab.tensors.rotation import Rotation
 from trimtab.tensors.sparse_grid import SparseGrid
+from trimtab.tensors.sparse_inputs import SparseInputs
 from trimtab.tensors.table import LevelTable, TableFormat
 from trimtab.weights.rtn import Rtn
 
 pytestmark = pytest.mark.skipif(library.absent() is not None, reason="there are no native kernels here to prepare")
 
-SHARING = ("2 bits", "3 bits", "4 bits", "8 bits", "asymmetric", "table", "with terms", "sparse", "sparse 4 bits")
+SHARING = (
+    "2 bits",
+    "3 bits",
+    "4 bits",
+    "8 bits",
+    "asymmetric",
+    "table",
+    "with terms",
+    "sparse",
+    "sparse 4 bits",
+    "columns",
+)
 FORMS = (*SHARING, "rotated", "groups along out")
 
 
@@ -43,6 +55,8 @@ def tensor(form: str, out_features: int, seed: int = 0) -> CompressedTensor:
     weight = torch.randn(out_features, 64, generator=torch.Generator().manual_seed(seed))
     if form == "table":
         return CompressedTensor((LevelTable.quantize(weight, TableFormat(group_size=32)),))
+    if form == "columns":
+        return CompressedTensor((SparseInputs.of(weight.bfloat16(), 4.0, 40, rank=2),))
     if form.startswith("sparse"):
         made = SparseGrid.from_dense if form == "sparse 4 bits" else Bitmap.from_dense
         return CompressedTensor((made(weight, weight > 0),))

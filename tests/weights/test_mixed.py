@@ -96,6 +96,26 @@ def divergence(original: PreTrainedModel, model: PreTrainedModel, text: Calibrat
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def test_sparsity_is_chosen_beside_bits(calibration: CalibrationSet, tmp_path: Path) -> None:
+    """Six bits per weight, where there are 8 or 4-bit codes of half of the entries."""
+    model = random_model("llama", hidden_size=128, intermediate_size=256)
+    entries = sum(linear.weight.numel() for linear in ModelView.of(model).linears)
+    budget = ledger_of(model).bytes_at_rest - 4 * entries + entries * 3 // 4
+    method = Mixed(budget=budget, widths=(8,), group_sizes=(-1,), sparsities=("50%", "2:4"))
+    tt.compress(model, method, calibration=calibration, progress=False)
+    plan = plan_of(model)
+    assert max(ledger_of(model).bytes_at_rest, plan["planned_bytes"]) <= plan["budget_bytes"]
+    sparse = [name for name, choice in plan["choices"].items() if choice.startswith("sparsegpt-")]
+    assert 0 < len(sparse) < len(plan["choices"])
+    for name in plan["choices"]:
+        kind = model.get_submodule(name).tensor.parts[0].kind  # type: ignore[union-attr, operator]
+        assert (kind in ("sparse_grid", "bitmap")) == (name in sparse)
+    tt.save(model, tmp_path / "out")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(tt.load(tmp_path / "out")(ids).logits, model(ids).logits)
+
+
 def test_what_cannot_be_is_refused_before_any_work(calibration: CalibrationSet, tmp_path: Path) -> None:
     model = random_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

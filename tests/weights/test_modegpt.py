@@ -251,7 +251,9 @@ def test_one_unit_of_each_kind_is_always_left(calibration: CalibrationSet) -> No
 def test_normalised_queries_and_keys_keep_their_pairs_and_the_record_says_so(calibration: CalibrationSet) -> None:
     model = sliced(model_of("qwen3"), calibration)
     assert {entry["role"] for entry in record(model).changed} == {"v", "o", "gate", "up", "down"}
-    assert record(model).metrics["kept_whole"] == "qk: queries and keys are normalised by head"
+    reasons = {entry["module"]: entry["reason"] for entry in record(model).unchanged}
+    for name in ("q_proj", "k_proj"):
+        assert reasons[f"model.layers.0.self_attn.{name}"] == "queries and keys are normalised by head"
     with pytest.raises(TargetError, match=r"layers\.0: queries and keys are normalised.*parts=mlp,vo"):
         sliced(model_of("qwen3"), calibration, parts=("mlp", "qk"))
 
@@ -299,12 +301,105 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -
         MoDeGpt(**options)
 
 
+def test_options_from_the_command_line() -> None:
+    made = MoDeGpt.from_options(
+        {"parts": "mlp,vo", "sparsity": "0.2", "joint_values": "false", "allocation": "uniform"}
+    )
+    assert made == MoDeGpt(parts=("mlp", "vo"), sparsity=0.2, joint_values=False, allocation="uniform")
+    assert MoDeGpt.from_options({"parts": "mlp"}) == MoDeGpt(parts=("mlp",))
+
+
 def test_nothing_to_remove_is_refused_before_any_work(calibration: CalibrationSet) -> None:
     for options in ({"allocation": "uniform"}, {"parts": ("vo",), "round_to": 16}):
         model = model_of("llama")
         with pytest.raises(TargetError, match=r"sparsity=0\.01 with round_to=.* removes nothing"):
             sliced(model, calibration, sparsity=0.01, **{"round_to": 64, **options})
         assert torch.equal(logits(model), logits(model_of("llama")))
+
+
+def test_the_record_says_why_linears_stay_whole(calibration: CalibrationSet) -> None:
+    model = sliced(
+        model_of("llama"),
+        calibration,
+        sparsity=0.3,
+        allocation="uniform",
+        parts=("mlp", "qk"),
+        targets=("*.0.*",),
+        round_to=16,
+    )
+    reasons = {entry["module"]: entry["reason"] for entry in record(model).unchanged}
+    assert reasons["model.layers.0.self_attn.v_proj"] == "it is in none of the parts mlp, qk"
+    assert reasons["model.layers.0.self_attn.q_proj"] == "a share of 0.3 of 8 rounds to nothing with round_to=16"
+    assert reasons["model.layers.1.mlp.up_proj"] == "no pattern in `targets` matches it"
+    assert "model.layers.0.mlp.up_proj" not in reasons
+
+
+@pytest.mark.parametrize("score", ["ridge", "energy", "energy_down"])
+def test_neurons_that_never_fire_go_first(score: str, calibration: CalibrationSet) -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        for block in ModelView.of(model).blocks:
+            for linear in block.mlp.linears:
+                if linear.role == "gate":
+                    linear.module.weight[1::2] = 0
+                    linear.module.bias[1::2] = 0
+    plan = Plan.of_model(sliced(model, calibration, sparsity=0.5, score=score, parts=("mlp",), **UNIFORM))
+    assert all(torch.equal(entry.keep, torch.arange(112) % 2 == 0) for entry in plan.entries)
+
+
+def test_energy_at_the_output_leaves_out_neurons_that_nothing_reads(calibration: CalibrationSet) -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        for block in ModelView.of(model).blocks:
+            for linear in block.mlp.linears:
+                if linear.role == "down":
+                    linear.module.weight[:, 1::2] = 0
+    method = {"sparsity": 0.5, "score": "energy_down", "parts": ("mlp",), **UNIFORM}
+    plan = Plan.of_model(sliced(model, calibration, **method))
+    assert all(torch.equal(entry.keep, torch.arange(112) % 2 == 0) for entry in plan.entries)
+
+
+def test_pairs_are_those_with_the_largest_energy_of_what_is_computed(calibration: CalibrationSet) -> None:
+    """With biases, which inputs that are not centred add to or take from."""
+    model = model_of("llama")
+    attention = model.get_submodule("model.layers.0.self_attn")
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj"):
+            linear = attention.get_submodule(name)
+            linear.bias.mul_(20)
+            linear.register_forward_hook(lambda module, args, out, name=name: found.__setitem__(name, out))
+        model(input_ids=calibration.tokens)
+    energies = {name: out.double().square().mean((0, 1)).view(2, -1, 2, 8).sum((1, 2)) for name, out in found.items()}
+    scores = energies["q_proj"] * energies["k_proj"]
+    kept = scores.topk(4, dim=1)
+    made = sliced(model, calibration, sparsity=0.5, parts=("qk",), targets=("*.0.*",), **UNIFORM)
+    assert Plan.of_model(made).entries[0].keep.view(2, 8).nonzero()[:, 1].view(2, 4).tolist() == (
+        kept.indices.sort(dim=1).values.tolist()
+    )
+    for entry in record(made).changed:
+        assert entry["kept_energy"] == pytest.approx(float(kept.values.sum() / scores.sum()), rel=1e-4)
+
+
+def test_pairs_without_energy_go_first_in_each_head(calibration: CalibrationSet) -> None:
+    """Of KV head 0 the odd pairs of the keys are silent, of head 1 the even pairs of all its queries."""
+    model = model_of("llama")
+    silent = torch.zeros(8, dtype=torch.bool)
+    silent[1::2] = True
+    with torch.no_grad():
+        for block in ModelView.of(model).blocks:
+            for linear in block.attention.linears:
+                rows = torch.zeros(linear.out_features // 16, 16, dtype=torch.bool)
+                if linear.role == "k":
+                    rows[0] = silent.repeat(2)
+                elif linear.role == "q":
+                    rows[2:] = ~silent.repeat(2)
+                else:
+                    continue
+                linear.module.weight[rows.reshape(-1)] = 0
+                linear.module.bias[rows.reshape(-1)] = 0
+    plan = Plan.of_model(sliced(model, calibration, sparsity=0.5, parts=("qk",), **UNIFORM))
+    assert all(torch.equal(entry.keep.view(2, 8), torch.stack([~silent, silent])) for entry in plan.entries)
 
 
 def test_targets_name_whole_modules(calibration: CalibrationSet) -> None:
@@ -320,8 +415,12 @@ def test_targets_name_whole_modules(calibration: CalibrationSet) -> None:
     }
 
 
-def test_fewer_tokens_than_neurons(calibration: CalibrationSet) -> None:
+def test_fewer_tokens_than_neurons_and_directions(calibration: CalibrationSet) -> None:
     few = CalibrationSet.from_tokens(calibration.tokens[:1, :6])
+    model = sliced(model_of("llama"), few, sparsity=0.1, parts=("vo",), **UNIFORM)
+    for linear in ModelView.of(model).linears:
+        if linear.role == "v":  # all 15 directions are used, although six tokens reach six of them
+            assert int(torch.linalg.matrix_rank(linear.weight[:15])) == 15
     for score in ("ridge", "energy", "energy_down"):
         assert bool(torch.isfinite(logits(sliced(model_of("llama"), few, score=score, **UNIFORM))).all())
 

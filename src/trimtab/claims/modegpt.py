@@ -93,11 +93,12 @@ def _closer(method: MoDeGpt, other: MoDeGpt, name: str) -> Outcome:
 
 
 def allocation_beats_uniform() -> Outcome:
-    return _closer(MoDeGpt(), MoDeGpt(allocation="uniform"), "uniform")
+    return _closer(MoDeGpt(round_to=2), MoDeGpt(round_to=2, allocation="uniform"), "uniform")
 
 
 def allocation_beats_uniform_at_half() -> Outcome:
-    return _closer(MoDeGpt(sparsity=0.5), MoDeGpt(sparsity=0.5, allocation="uniform"), "uniform")
+    half = MoDeGpt(sparsity=0.5, round_to=2)
+    return _closer(half, MoDeGpt(sparsity=0.5, round_to=2, allocation="uniform"), "uniform")
 
 
 def output_energy_beats_leverage() -> Outcome:
@@ -132,7 +133,7 @@ CLAIMS = (
         "modegpt",
         _PAPER,
         "Removing more from blocks of less influence beats the same share everywhere at 30 %.",
-        f"ref, temperature 0.1, {SETTING}; bytes differ by what rounding to multiples of 8 makes of each share. "
+        f"ref, temperature 0.1, {SETTING}; bytes differ by what rounding to multiples of 2 makes of each share. "
         f"{_RULE.format('uniform allocation')}.",
         allocation_beats_uniform,
     ),
@@ -140,7 +141,7 @@ CLAIMS = (
         "modegpt",
         _PAPER,
         "Removing more from blocks of less influence beats the same share everywhere at 50 %.",
-        f"ref, temperature 0.1, {SETTING}; bytes differ by what rounding to multiples of 8 makes of each share. "
+        f"ref, temperature 0.1, {SETTING}; bytes differ by what rounding to multiples of 2 makes of each share. "
         f"{_RULE.format('uniform allocation')}.",
         allocation_beats_uniform_at_half,
     ),

@@ -43,9 +43,9 @@ def llmcompressor_pruning(model: PreTrainedModel, tokens: Tensor, *, modifier: s
 
 
 SYSTEMS: dict[str, tuple[str, Prune]] = {
-    "trimtab/sparsegpt": ("trimtab", ours("sparsegpt", "sparsity")),
-    "trimtab/wanda": ("trimtab", ours("wanda", "sparsity")),
-    "trimtab/wanda + obs": ("trimtab", ours("wanda", "sparsity", repair="obs")),
+    "trimtab/sparsegpt": ("trimtab", ours("sparsegpt", "sparsity", value_dtype="bfloat16")),
+    "trimtab/wanda": ("trimtab", ours("wanda", "sparsity", value_dtype="bfloat16")),
+    "trimtab/wanda + obs": ("trimtab", ours("wanda", "sparsity", value_dtype="bfloat16", repair="obs")),
     "llmcompressor/sparsegpt": ("llmcompressor", _llmcompressor("SparseGPTModifier")),
     "llmcompressor/wanda": ("llmcompressor", _llmcompressor("WandaPruningModifier")),
 }

@@ -11,6 +11,7 @@ of the model with its dense parts in bfloat16, as it ships.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +131,10 @@ def _run(
         moved = divergence(subject, _predictions(model, path)).estimates()
         figures[key] = {name: estimate.to_dict() for name, estimate in moved.items()}
     ledger = _ledger(subject)
+    if recipe.steps[-1].room == "layers":  # which keeps all its values in the model's dtype, twice as large here
+        wide = ledger_of(subject)
+        halves = {name: getattr(wide, name) // 2 for name in ("bytes_at_rest", "bytes_read_per_token")}
+        ledger = dataclasses.replace(ledger, **halves)
     figures_of_run = {
         "condition": condition,
         "seed": seed,

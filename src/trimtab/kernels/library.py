@@ -16,7 +16,7 @@ from trimtab.core.errors import ConfigError, KernelUnavailable, did_you_mean
 
 log = logging.getLogger("trimtab.kernels")
 
-ABI = 5
+ABI = 6
 """TT_ABI of native/api.h."""
 ISA_VARIABLE = "TRIMTAB_ISA"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
@@ -63,6 +63,23 @@ class SparseWeightStruct(ctypes.Structure):
     )
 
 
+class GatherWeightStruct(ctypes.Structure):
+    """tt_gather_weight of native/api.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("right", ctypes.c_void_p),
+        ("left", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("factor_dtype", ctypes.c_int32),
+    )
+
+
 class BlockTermStruct(ctypes.Structure):
     """tt_block_term of native/api.h."""
 
@@ -83,6 +100,7 @@ class BlockLinearStruct(ctypes.Structure):
     _fields_ = (
         ("weight", GridWeightStruct),
         ("sparse", SparseWeightStruct),
+        ("gather", GatherWeightStruct),
         ("terms", ctypes.c_void_p),
         ("term_count", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
@@ -151,21 +169,6 @@ class CodebookProblem(ctypes.Structure):
     )
 
 
-class GatherProblem(ctypes.Structure):
-    """tt_gather_problem of native/api.h."""
-
-    _fields_ = (
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("threshold", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-        ("factor_dtype", ctypes.c_int32),
-        ("x_dtype", ctypes.c_int32),
-        ("isa", ctypes.c_int32),
-    )
-
-
 class TermProblem(ctypes.Structure):
     """tt_term_problem of native/api.h."""
 
@@ -201,7 +204,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "tt_codebook_dequantize": (i32, (*[pointer] * 5, i64, i32)),
         "tt_sparse_matmul": (i32, (pointer, i64, pointer, pointer, i64, i32, i32, i32)),
         "tt_sparse_dequantize": (i32, (pointer, i64, i64, pointer, i32, i32)),
-        "tt_gather_matmul": (i32, (*[pointer] * 7, i64, i32)),
+        "tt_gather_matmul": (i32, (pointer, i64, pointer, pointer, i64, i32, i32, i32)),
         "tt_int_matmul": (i32, (*[pointer] * 7, i64, ctypes.c_float, i32)),
         "tt_kv_attention": (i32, (pointer, pointer, pointer, pointer, i32)),
         "tt_read_seconds": (ctypes.c_double, (pointer, i64, i32)),

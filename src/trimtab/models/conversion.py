@@ -59,8 +59,10 @@ def described(calibration: CalibrationSet | None) -> dict[str, Any] | None:
 
 
 def unchanged(model: PreTrainedModel, record: RunRecord) -> Iterator[dict[str, str]]:
-    """Layers with a weight matrix that were left alone, and why; `record` has those that were changed."""
+    """Layers with a weight matrix that were left alone, and why; `record` has those that were changed, and the reasons
+    that the method itself entered while it ran."""
     changed = {entry["linear"] for entry in record.changed}
+    known = {entry["module"]: entry["reason"] for entry in record.unchanged}
     view = ModelView.of(model)
     blocks = {linear.name for linear in view.linears}
     for name, module in model.named_modules():
@@ -70,4 +72,5 @@ def unchanged(model: PreTrainedModel, record: RunRecord) -> Iterator[dict[str, s
             yield {"module": name, "reason": "embeddings are never compressed"}
         elif isinstance(module, (nn.Linear, Conv1D)) and name not in changed:
             inside = "no pattern in `targets` matches it"
-            yield {"module": name, "reason": inside if name in blocks else "it is not a linear of a block"}
+            reason = known.get(name, inside if name in blocks else "it is not a linear of a block")
+            yield {"module": name, "reason": reason}

@@ -212,9 +212,10 @@ class _FewTokens:
             if type(linear) is not CompressedLinear:
                 return None, f"{role} is a {type(linear).__name__}"
             tensor = linear.tensor
-            weight = tensor.parts[0].grid_weight() or tensor.parts[0].sparse_weight()
+            first = tensor.parts[0]
+            weight = first.grid_weight() or first.sparse_weight() or first.gather_weight()
             if weight is None or tensor.transform is not None:
-                return None, f"{role} is neither a grid nor a bitmap, or has a transform"
+                return None, f"{role} is no grid, bitmap or columns, or has a transform"
             terms = [_term(part) for part in tensor.parts[1:]]
             known_terms = [term for term in terms if term is not None]
             if len(known_terms) < len(terms):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from trimtab.kernels.gather_matmul.prepared import prepared_gather
 from trimtab.kernels.grid_matmul.prepared import prepared_grids
 from trimtab.kernels.prepared import PreparedProducts
 from trimtab.kernels.sparse_matmul.prepared import prepared_sparse
@@ -35,12 +36,15 @@ class PreparedFirst:
         parts = [layer.tensor.parts[0] for layer in layers]
         grids = [grid for part in parts if (grid := part.grid_weight()) is not None]
         sparse = [weight for part in parts if (weight := part.sparse_weight()) is not None]
+        gathers = [gather for part in parts if (gather := part.gather_weight()) is not None]
         self.product: PreparedProducts | None = None
         if all(layer.tensor.transform is None for layer in layers):
             if len(grids) == len(layers):
                 self.product = prepared_grids(grids)
             elif len(sparse) == len(layers):
                 self.product = prepared_sparse(sparse)
+            elif len(gathers) == len(layers):
+                self.product = prepared_gather(gathers)
         self._kept = [[(layer._buffers, *named) for named in layer.stored().items()] for layer in layers]
         self._ids = [[id(tensor) for _, _, tensor in kept] for kept in self._kept]
 

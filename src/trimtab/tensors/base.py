@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, NumericsError, did_you_mean
+from trimtab.kernels.gather_matmul import GatherWeight
 from trimtab.kernels.grid_matmul import GridWeight, grid_matmul_many
 from trimtab.kernels.sparse_matmul import SparseWeight
 
@@ -69,6 +70,10 @@ class Part(ABC):
 
     def sparse_weight(self) -> SparseWeight | None:
         """The same for the sparse kernels."""
+        return None
+
+    def gather_weight(self) -> GatherWeight | None:
+        """The same for the kernels that gather columns."""
         return None
 
     @abstractmethod

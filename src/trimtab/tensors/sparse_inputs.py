@@ -15,7 +15,6 @@ than W, not less; what is smaller is what a decoded token reads: see `read_bytes
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,11 +25,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointError, ConfigError
-from trimtab.kernels.gather_matmul import MAX_ROWS, gather_matmul
+from trimtab.kernels.gather_matmul import MAX_ROWS, GatherWeight, gather_matmul
 from trimtab.kernels.gather_matmul.reference import counts
 from trimtab.tensors.base import Part, checked_buffers, dtype_from_spec, shape_from_spec, stored_like
-from trimtab.tensors.low_rank import svd
-from trimtab.tensors.sparse import VALUE_DTYPES
+from trimtab.tensors.low_rank import FACTOR_DTYPES, svd
 
 if TYPE_CHECKING:
     from trimtab.tensors.metric import Metric
@@ -109,7 +107,7 @@ class SparseInputs(Part):
     def rank(self) -> int:
         return 0 if self.right is None else int(self.right.shape[0])
 
-    @functools.cached_property
+    @property
     def limit(self) -> float:
         """The threshold as a number."""
         return float(self.threshold)
@@ -122,12 +120,11 @@ class SparseInputs(Part):
 
         More than MAX_ROWS rows are multiplied with W as a whole: masked, or not, if `prefill` is "dense".
         """
-        few = x.shape.numel() <= MAX_ROWS * x.shape[-1]
-        if few and not (x.requires_grad and torch.is_grad_enabled()):
+        if x.shape.numel() <= MAX_ROWS * x.shape[-1]:
             return gather_matmul(x, self.columns, self.limit, self.scale, self.left, self.right)
         wide = torch.promote_types(x.dtype, self.columns.dtype)
         columns = self.columns.to(wide)
-        if not few and self.prefill == "dense" and not _every_token.get():
+        if self.prefill == "dense" and not _every_token.get():
             return (x.to(wide) @ columns).to(x.dtype)
         large = counts(x, self.limit, self.scale)
         out = torch.where(large, x, 0).to(wide) @ columns
@@ -135,6 +132,9 @@ class SparseInputs(Part):
             rest = torch.where(large, 0, x).to(wide)
             out = out + (rest @ self.right.to(wide).t()) @ self.left.to(wide).t()
         return out.to(x.dtype)
+
+    def gather_weight(self) -> GatherWeight:
+        return GatherWeight(self.columns, self.threshold, self.scale, self.left, self.right)
 
     @property
     def read_bytes(self) -> int:
@@ -206,7 +206,7 @@ class SparseInputs(Part):
 
     @classmethod
     def buffers(cls, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        (out_features, in_features), dtype = shape_from_spec(spec), dtype_from_spec(spec, VALUE_DTYPES)
+        (out_features, in_features), dtype = shape_from_spec(spec), dtype_from_spec(spec, FACTOR_DTYPES)
         for name, most in (("kept", in_features), ("rank", min(out_features, in_features))):
             if type(spec.get(name)) is not int or not 0 <= spec[name] <= most:
                 raise CheckpointError(
@@ -224,7 +224,7 @@ class SparseInputs(Part):
         if spec["weighted"]:
             found["scale"] = ((in_features,), torch.float32)
         if rank := spec["rank"]:
-            factors = dtype_from_spec({**spec, "dtype": spec.get("factor_dtype")}, VALUE_DTYPES)
+            factors = dtype_from_spec({**spec, "dtype": spec.get("factor_dtype")}, FACTOR_DTYPES)
             found |= {"left": ((out_features, rank), factors), "right": ((rank, in_features), factors)}
         return found
 

@@ -1,4 +1,4 @@
-"""Spend a number of bytes where they matter most: for each matrix its own bits, group size and symmetry.
+"""Spend a number of bytes where they matter most: for each matrix its own bits, group size, symmetry and sparsity.
 
 Paper: none of its own; the integer program over configurations per matrix is that of Guo, Greengard, Xing, Kim,
 "LQ-LoRA", ICLR 2024, arXiv:2311.12023.
@@ -32,6 +32,7 @@ from trimtab.weights._budget import Budget
 from trimtab.weights.base import LinearMethod, Notes, WeightMethod
 from trimtab.weights.gptq import Gptq
 from trimtab.weights.rtn import Rtn
+from trimtab.weights.sparsegpt import Sparsegpt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Mixed"]
 
 Bits = Literal[2, 3, 4, 8]
+Candidate = Gptq | Rtn | Sparsegpt
 _METHODS: dict[str, type[Gptq] | type[Rtn]] = {"gptq": Gptq, "rtn": Rtn}
 
 
@@ -55,6 +57,7 @@ class Mixed(LinearMethod):
     quantizer      how each matrix is quantized: gptq or rtn
     widths         bits per code to choose from
     group_sizes    group sizes to choose from; those that do not divide a matrix's width are no candidates for it
+    sparsities     shares, or n:m, to prune by (sparsegpt); what is kept as it is, and rounded to 4 bits, are candidates
     zero_points    "either": asymmetric and symmetric grids are candidates; "always" or "never": one of the two
     costs          file that keeps the measured costs, for other budgets of the same model, text and candidates; made if
                    it does not exist
@@ -64,6 +67,7 @@ class Mixed(LinearMethod):
     quantizer: Literal["gptq", "rtn"] = "gptq"
     widths: tuple[int, ...] = (2, 3, 4, 8)
     group_sizes: tuple[int, ...] = (32, 64, 128, -1)
+    sparsities: tuple[float | str, ...] = ()
     zero_points: Literal["either", "always", "never"] = "either"
     costs: str | None = None
 
@@ -76,14 +80,27 @@ class Mixed(LinearMethod):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return Gptq().needs if self.quantizer == "gptq" else Rtn().needs
+        return frozenset(need for method in self.candidates().values() for need in method.needs)
 
     @property
     def needs_text(self) -> bool:
         return True
 
-    def candidates(self) -> dict[str, Gptq | Rtn]:
+    def candidates(self) -> dict[str, Candidate]:
         """Label -> method of all configurations."""
+        return {**self._grids(), **self._sparse()}
+
+    def _sparse(self) -> dict[str, Candidate]:
+        values: tuple[Literal[4] | None, ...] = (None, 4)
+        return {
+            f"sparsegpt-{sparsity}{'' if bits is None else f'-{bits}bit'}": Sparsegpt(
+                sparsity=sparsity, value_bits=bits
+            )
+            for sparsity in self.sparsities
+            for bits in values
+        }
+
+    def _grids(self) -> dict[str, Candidate]:
         kinds = {"either": (False, True), "always": (False,), "never": (True,)}[self.zero_points]
         return {
             f"{self.quantizer}-{bits}-{'row' if size == -1 else size}{'-symmetric' if symmetric else ''}": _METHODS[
@@ -94,10 +111,9 @@ class Mixed(LinearMethod):
             for symmetric in kinds
         }
 
-    def candidates_of(self, linear: LinearView) -> dict[str, Gptq | Rtn]:
-        """The candidates whose groups divide the width of `linear`. Raises TargetError if there is none."""
-        sizes = {size for size in self.group_sizes if size == -1 or linear.in_features % size == 0}
-        fitting = {label: method for label, method in self.candidates().items() if method.group_size in sizes}
+    def candidates_of(self, linear: LinearView) -> dict[str, Candidate]:
+        """The candidates that fit `linear`: their groups divide its width. Raises TargetError if there is none."""
+        fitting = {label: method for label, method in self.candidates().items() if _fits(method, linear)}
         if not fitting:
             raise TargetError(
                 f"{linear.name} (role {linear.role}) is {linear.in_features} wide, which none of the group sizes "
@@ -126,7 +142,10 @@ class Mixed(LinearMethod):
     def prepare(self, planning: Planning) -> WeightMethod:
         frame = _Frame.of(planning.model, planning.targets)
         budget = frame.budget(self.budget)
-        plan = planning.remembered("plan", lambda: self._plan(planning, budget - frame.fixed_bytes))
+        room = budget - frame.fixed_bytes
+        if self.sparsities:  # each row of 4-bit codes ends with a whole byte, and how long it is depends on the inputs
+            room -= sum(-(-linear.out_features // 2) for linear in planning.targets)
+        plan = planning.remembered("plan", lambda: self._plan(planning, room))
         planning.record.metrics["plan"] = {
             "budget_bytes": budget,
             "planned_bytes": plan["nbytes"] + frame.fixed_bytes,
@@ -183,6 +202,8 @@ class _Planned(LinearMethod):
     def compress(self, linear: LinearView, stats: Stats | None) -> tuple[CompressedTensor, Notes]:
         method = self.chosen[linear.name]
         tensor, notes = method.compress(linear, stats)
+        if isinstance(method, Sparsegpt):
+            return tensor, notes
         grid = {"bits": method.bits, "group_size": method.group_size, "symmetric": str(method.symmetric).lower()}
         return tensor, {**grid, **notes}
 
@@ -208,9 +229,28 @@ class _Frame:
         return Budget.of(budget).resolve(self.bfloat16_bytes)
 
 
-def _nbytes(linear: LinearView, method: Gptq | Rtn) -> int:
-    """What `linear` takes by `method`, without doing it."""
-    from trimtab.tensors.grid import GroupGrid
+def _fits(method: Candidate, linear: LinearView) -> bool:
+    try:
+        method.check_linear(linear)
+    except TargetError:
+        return False
+    return True
 
-    spec = {"shape": [linear.out_features, linear.in_features], **method.format.to_dict()}
-    return sum(dtype.itemsize * math.prod(shape) for shape, dtype in GroupGrid.buffers(spec).values())
+
+def _nbytes(linear: LinearView, method: Candidate) -> int:
+    """What `linear` takes by `method`, without doing it; a sparse one takes a few bytes less or more."""
+    from trimtab.tensors.bitmap import Bitmap
+    from trimtab.tensors.grid import GroupGrid
+    from trimtab.tensors.sparse_grid import SparseGrid
+
+    shape = [linear.out_features, linear.in_features]
+    if not isinstance(method, Sparsegpt):
+        buffers = GroupGrid.buffers({"shape": shape, **method.format.to_dict()})
+    else:
+        kept = math.prod(shape) - int(math.prod(shape) * method.amount.share)
+        if method.value_bits is None:
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            buffers = Bitmap.buffers({"shape": shape, "dtype": dtype, "entries": kept})
+        else:
+            buffers = SparseGrid.buffers({"shape": shape, "bytes": kept // 2, "group_size": method.value_group})
+    return sum(dtype.itemsize * math.prod(shape) for shape, dtype in buffers.values())

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,11 +167,6 @@ class MoDeGpt(SliceMethod):
     def _parts_of(self, block: BlockView) -> tuple[Part, ...]:
         return tuple(part for part in self._parts if not (part == "qk" and _is_normalised(block)))
 
-    def check_model(self, model: PreTrainedModel, targets: Sequence[LinearView]) -> None:
-        if self._allocation == "uniform":
-            shares = dict.fromkeys({linear.block for linear in targets}, self.sparsity)
-            self._refuse_nothing(self._removed(model, targets, shares))
-
     def prepare(self, planning: Planning) -> WeightMethod:
         from trimtab.models.block_influence import block_influence
         from trimtab.models.views import ModelView
@@ -192,9 +187,32 @@ class MoDeGpt(SliceMethod):
             metrics |= {"block_influence": influence, "block_sparsity": by_name}
         metrics["removed_of_targets"] = self._removed(planning.model, planning.targets, shares)
         self._refuse_nothing(metrics["removed_of_targets"])
-        if any(_is_normalised(block) for block in ModelView.of(planning.model).blocks) and "qk" in self._parts:
-            metrics["kept_whole"] = "qk: queries and keys are normalised by head"
+        planning.record.unchanged = list(self._left_alone(ModelView.of(planning.model), planning.targets, shares))
         return _Prepared(targets=self.targets, method=self, shares=shares)
+
+    def _left_alone(
+        self, view: ModelView, targets: Sequence[LinearView], shares: Mapping[int, float]
+    ) -> Iterator[dict[str, str]]:
+        """The linears that `targets` names and that stay whole, with the reason."""
+        cut = {linear.name for linear in targets}
+        for linear in view.select(self.targets):
+            block = view.blocks[linear.block]
+            part = next((part for part, roles in ROLES.items() if linear.role in roles), None)
+            if linear.name not in cut:
+                normalised = part == "qk" and part in self._parts and _is_normalised(block)
+                reason = (
+                    "queries and keys are normalised by head"
+                    if normalised
+                    else f"it is in none of the parts {', '.join(self._parts)}"
+                )
+                yield {"module": linear.name, "reason": reason}
+                continue
+            assert part is not None
+            share = shares[linear.block]
+            kept, of = self._widths(block, [x for x in targets if x.block == linear.block], share)[part]
+            if kept == of:
+                reason = f"a share of {share:.3g} of {of} rounds to nothing with round_to={self.round_to}"
+                yield {"module": linear.name, "reason": reason}
 
     def slice_block(self, block: BlockView, linears: Sequence[LinearView], stats: Mapping[str, Stats]) -> SlicedBlock:
         return self.sliced(block, linears, stats, self.sparsity)

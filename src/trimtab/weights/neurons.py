@@ -1,6 +1,7 @@
 """Remove neurons by a plain score: the baseline beside which structured methods have to show what they add.
 
-Paper: none; it is the trivial structured baseline: what the published methods of this room are to be compared with.
+Paper: none of its own; the baseline of Sengupta et al., "You Only Prune Once", ICLR 2025, arXiv:2501.15296, and of most
+others that remove neurons.
 
     random        a number drawn for each neuron
     row_norm      |W_i|, the row of the first matrix (gate; up where there is no gate)

@@ -1,4 +1,4 @@
-"""How each system compresses the model to 4 bits in groups of 64."""
+"""How each system compresses the model: to 4 bits in groups of 64, or to half of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,12 +17,15 @@ from torch.overrides import TorchFunctionMode
 import trimtab
 from trimtab import models
 from trimtab.evaluation.compress_time.measure import Setting
-from trimtab.evaluation.weight_decode.quantizing import linears, llmcompressor_gptq
+from trimtab.evaluation.pruning_peers import llmcompressor_pruning
+from trimtab.evaluation.weight_decode.quantizing import HEAD, linears, llmcompressor_gptq
 from trimtab.models.calibration_set import CalibrationSet
 from trimtab.models.compressed_linear import CompressedLinear
 from trimtab.models.compression import compress
 from trimtab.weights.gptq import Gptq
 from trimtab.weights.loftq import Loftq
+from trimtab.weights.sparsegpt import Sparsegpt
+from trimtab.weights.wanda import Wanda
 
 TOKENS_FILE = "tokens.safetensors"
 
@@ -36,6 +39,7 @@ class TorchSession(ABC):
     """A transformers model and the calibration tokens."""
 
     library = "trimtab"
+    largest_error = 0.05  # rounding to 4 bits in groups of 64 leaves about 0.01
 
     def __init__(self, directory: Path, setting: Setting) -> None:
         self.directory, self.setting = directory, setting
@@ -133,6 +137,42 @@ class PeftLoftq(TorchSession):
                 factors = [getattr(module, part)["default"].weight.detach().float() for part in ("lora_B", "lora_A")]
                 scaling = float(module.scaling["default"])
                 yield name, module.base_layer.weight.detach().float() + scaling * (factors[0] @ factors[1])
+
+
+class TrimtabPruning(TorchSession):
+    """sparsegpt or wanda at 50 %."""
+
+    largest_error = 0.4  # the smaller half of normal weights holds 0.07 of their square; corrections move the rest
+
+    def __init__(self, directory: Path, setting: Setting, method: Literal["sparsegpt", "wanda"]) -> None:
+        super().__init__(directory, setting)
+        self.method = {"sparsegpt": Sparsegpt, "wanda": Wanda}[method](sparsity=0.5)
+
+    def compress(self) -> None:
+        """As tt.compress does."""
+        compress(self.model, self.method, calibration=CalibrationSet.from_tokens(self.tokens), progress=False)
+
+
+class LlmcompressorPruning(TorchSession):
+    """One of llmcompressor's modifiers at 50 %, which leaves zeros in dense weights."""
+
+    library = "llmcompressor"
+    largest_error = TrimtabPruning.largest_error
+
+    def __init__(self, directory: Path, setting: Setting, modifier: str) -> None:
+        super().__init__(directory, setting)
+        self.modifier = modifier
+        importlib.import_module("llmcompressor.modifiers.pruning")  # before the clock starts
+
+    def compress(self) -> None:
+        """As its `oneshot` does."""
+        llmcompressor_pruning(self.model, self.tokens, modifier=self.modifier, sparsity="0.5")
+
+    def compressed(self) -> Iterator[tuple[str, Tensor]]:
+        """All linears but the head."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and name != HEAD:
+                yield name, module.weight.detach()
 
 
 class _OnTheCpu(TorchFunctionMode):

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 from trimtab.evaluation.beside.base import System, named
 
+_LLMC = {"llmcompressor": "llmcompressor"}
 _SYSTEMS = (
     System("trimtab/gptq-4", "sessions:TrimtabGptq"),
-    System("llmcompressor/gptq-4", "sessions:LlmcompressorGptq", {}, {"llmcompressor": "llmcompressor"}),
+    System("llmcompressor/gptq-4", "sessions:LlmcompressorGptq", {}, _LLMC),
     System("trimtab/loftq-4", "sessions:TrimtabLoftq"),
     System("peft/loftq-4", "sessions:PeftLoftq", {}, {"peft": "peft", "bitsandbytes": "bitsandbytes"}),
+    System("trimtab/sparsegpt-50", "sessions:TrimtabPruning", {"method": "sparsegpt"}),
+    System("llmcompressor/sparsegpt-50", "sessions:LlmcompressorPruning", {"modifier": "SparseGPTModifier"}, _LLMC),
+    System("trimtab/wanda-50", "sessions:TrimtabPruning", {"method": "wanda"}),
+    System("llmcompressor/wanda-50", "sessions:LlmcompressorPruning", {"modifier": "WandaPruningModifier"}, _LLMC),
 )
 
 

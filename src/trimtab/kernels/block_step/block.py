@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from trimtab.kernels.gather_matmul.weight import GatherWeight
 from trimtab.kernels.grid_matmul.weight import GridWeight
 from trimtab.kernels.sparse_matmul.weight import SparseWeight
 
@@ -43,9 +44,10 @@ class SparseTerm:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """y = x W^T, plus each term in their order, plus bias [out]; each sum is rounded to the dtype of x, and of bias."""
+    """y = x W^T, or what gather_matmul makes of x and W, plus each term in their order, plus bias [out]; each sum is
+    rounded to the dtype of x, and of bias."""
 
-    weight: GridWeight | SparseWeight
+    weight: GridWeight | SparseWeight | GatherWeight
     bias: Tensor | None = None
     terms: tuple[LowRankTerm | SparseTerm, ...] = ()
 

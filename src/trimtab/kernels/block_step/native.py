@@ -1,8 +1,8 @@
 """The C++ of native/block_step.cpp on CPU tensors, through ctypes, described to the library once.
 
 Numbers are rounded to the dtype of the model wherever the reference rounds them. Sums inside are float32 and products
-those of grid_matmul and sparse_matmul, so a result may differ from the reference's by a unit in the last place, and
-later ones by what that causes. Rows do not influence each other and neither does the number of threads.
+those of grid_matmul, sparse_matmul and gather_matmul, so a result may differ from the reference's by a unit in the last
+place, and later ones by what that causes. Rows do not influence each other and neither does the number of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from trimtab.kernels import library
 from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm, SparseTerm
+from trimtab.kernels.gather_matmul import native as gather_kernels
+from trimtab.kernels.gather_matmul.prepared import refuses as refuses_gather
+from trimtab.kernels.gather_matmul.weight import GatherWeight
 from trimtab.kernels.grid_matmul import native
 from trimtab.kernels.grid_matmul.weight import GridWeight
 from trimtab.kernels.library import (
@@ -53,6 +56,8 @@ def refuses(block: Block) -> str | None:
         weight = layer.weight
         if isinstance(weight, GridWeight):
             reason = native.refuses(probe, (weight,))
+        elif isinstance(weight, GatherWeight):
+            reason = refuses_gather(weight)
         else:
             reason = sparse_kernels.refuses(probe, (weight,))
         if reason:
@@ -162,7 +167,10 @@ def _layer(layer: Layer, terms: ctypes.Array[BlockTermStruct]) -> BlockLinearStr
         described.weight = native.describe(weight)
     else:
         described.weight = GridWeightStruct(weight.out_features, weight.in_features)
-        described.sparse = sparse_kernels.describe(weight)
+        if isinstance(weight, GatherWeight):
+            described.gather = gather_kernels.describe(weight)
+        else:
+            described.sparse = sparse_kernels.describe(weight)
     return described
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.block_step.block import Block, Layer, LowRankTerm, Norm
+from trimtab.kernels.gather_matmul.reference import gather_matmul_reference
+from trimtab.kernels.gather_matmul.weight import GatherWeight
 from trimtab.kernels.grid_matmul.reference import grid_matmul_reference
 from trimtab.kernels.grid_matmul.weight import GridWeight
 from trimtab.kernels.sparse_matmul.reference import sparse_matmul_reference
@@ -32,6 +34,9 @@ def after_reference(block: Block, attended: Tensor, x: Tensor) -> Tensor:
 def _linear(x: Tensor, layer: Layer) -> Tensor:
     if isinstance(layer.weight, GridWeight):
         y = grid_matmul_reference(x, (layer.weight,))[0]
+    elif isinstance(layer.weight, GatherWeight):
+        weight = layer.weight
+        y = gather_matmul_reference(x, weight.columns, float(weight.threshold), weight.scale, weight.left, weight.right)
     else:
         y = sparse_matmul_reference(x, (layer.weight,))[0]
     for term in layer.terms:

@@ -6,8 +6,6 @@ only where it counts, so it is stored by columns.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -15,12 +13,15 @@ from trimtab.core.errors import ConfigError
 from trimtab.kernels import library
 from trimtab.kernels.gather_matmul import native, triton
 from trimtab.kernels.gather_matmul.reference import gather_matmul_reference
+from trimtab.kernels.gather_matmul.weight import GatherWeight
 from trimtab.kernels.op import Backend, KernelOp
 
-__all__ = ["GATHER_MATMUL", "MAX_ROWS", "gather_matmul"]
+__all__ = ["GATHER_MATMUL", "MAX_ROWS", "GatherWeight", "gather_matmul"]
 
 MAX_ROWS = native.MAX_ROWS
 """Rows of x that compiled kernels take; with more the columns that any of them wants are soon all."""
+
+_ANY_THRESHOLD = torch.zeros(1)
 
 GATHER_MATMUL = KernelOp(
     "gather_matmul",
@@ -55,39 +56,7 @@ def gather_matmul(
     """
     if threshold != threshold:
         raise ConfigError("the threshold is NaN; give the magnitude above which an input counts.")
-    _check(
-        x.shape[-1:],
-        columns.shape,
-        columns.dtype,
-        None if scale is None else (scale.shape, scale.dtype),
-        None if left is None else (left.shape, left.dtype),
-        None if right is None else (right.shape, right.dtype),
-    )
+    if tuple(x.shape[-1:]) != tuple(columns.shape[:1]):
+        raise ConfigError(f"x ends in {list(x.shape[-1:])}, but the columns are {list(columns.shape)}, [in, out].")
+    GatherWeight(columns, _ANY_THRESHOLD, scale, left, right).check()
     return GATHER_MATMUL(x, columns, threshold, scale, left, right)
-
-
-@functools.lru_cache(maxsize=4096)  # a model asks about few shapes, and asks for every token
-def _check(
-    last: torch.Size,
-    columns: torch.Size,
-    dtype: torch.dtype,
-    scale: tuple[torch.Size, torch.dtype] | None,
-    left: tuple[torch.Size, torch.dtype] | None,
-    right: tuple[torch.Size, torch.dtype] | None,
-) -> None:
-    if len(columns) != 2 or not dtype.is_floating_point:
-        raise ConfigError(f"columns are {dtype} {list(columns)}; they are floating-point numbers [in, out].")
-    if tuple(last) != (columns[0],):
-        raise ConfigError(f"x ends in {list(last)}, but the columns are {list(columns)}, [in, out].")
-    if scale is not None and (tuple(scale[0]) != (columns[0],) or scale[1] != torch.float32):
-        raise ConfigError(f"scale is {scale[1]} {list(scale[0])}; {columns[0]} inputs take float32 [{columns[0]}].")
-    if (left is None) != (right is None):
-        raise ConfigError("a low-rank term has two factors; give both left and right, or neither.")
-    if left is None or right is None:
-        return
-    fits = len(left[0]) == len(right[0]) == 2 and left[0] == (columns[1], right[0][0]) and right[0][1] == columns[0]
-    if not fits or left[1] != right[1] or not left[1].is_floating_point:
-        raise ConfigError(
-            f"left is {left[1]} {list(left[0])} and right {right[1]} {list(right[0])}; columns {list(columns)} take "
-            f"floating [{columns[1]}, r] and [r, {columns[0]}] of one dtype."
-        )

@@ -8,12 +8,12 @@ Rows of x do not influence each other and neither does the number of threads.
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from trimtab.kernels.library import DTYPES, GatherProblem, check, isa_limit, native_library
+from trimtab.kernels.gather_matmul.weight import GatherWeight
+from trimtab.kernels.library import DTYPES, GatherWeightStruct, check, isa_limit, native_library
 from trimtab.kernels.refusals import refused
 
 MAX_ROWS = 8
@@ -52,34 +52,32 @@ def gather_matmul_native(
     if not in_features:
         return out.zero_()
     x = x.contiguous()
-    rank, factors = (0, torch.float16) if right is None else (right.shape[0], right.dtype)
+    weight = GatherWeight(columns, torch.tensor([threshold]), scale, left, right)
     status = native_library().tt_gather_matmul(
-        _problem(out_features, in_features, rank, threshold, columns.dtype, factors, x.dtype, isa_limit()),
+        ctypes.byref(describe(weight)),
+        1,
         x.data_ptr(),
-        columns.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if right is None else right.data_ptr(),
-        None if left is None else left.data_ptr(),
         out.data_ptr(),
         x.numel() // in_features,
+        DTYPES[x.dtype],
+        isa_limit(),
         torch.get_num_threads(),
     )
     check(status)
     return out
 
 
-@functools.lru_cache(maxsize=4096)
-def _problem(
-    out_features: int,
-    in_features: int,
-    rank: int,
-    threshold: float,
-    dtype: torch.dtype,
-    factors: torch.dtype,
-    x: torch.dtype,
-    isa: int,
-) -> ctypes.Array[GatherProblem]:
-    """The description that a call passes by address, kept because building it costs as much as a small product."""
-    return (GatherProblem * 1)(
-        GatherProblem(out_features, in_features, rank, threshold, DTYPES[dtype], DTYPES[factors], DTYPES[x], isa)
+def describe(weight: GatherWeight) -> GatherWeightStruct:
+    """What the library reads of a weight. It points into the weight's tensors, which must outlive it."""
+    return GatherWeightStruct(
+        weight.out_features,
+        weight.in_features,
+        0 if weight.right is None else weight.right.shape[0],
+        weight.columns.data_ptr(),
+        weight.threshold.data_ptr(),
+        None if weight.scale is None else weight.scale.data_ptr(),
+        None if weight.right is None else weight.right.data_ptr(),
+        None if weight.left is None else weight.left.data_ptr(),
+        DTYPES[weight.columns.dtype],
+        0 if weight.right is None else DTYPES[weight.right.dtype],
     )

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define TT_ABI 5
+#define TT_ABI 6
 #define TT_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum { TT_OK = 0, TT_NO_ISA = 1, TT_NO_MEMORY = 2, TT_BAD_LANE = 3, TT_BAD_POSITION = 4, TT_BAD_INDEX = 5 };
@@ -38,6 +38,18 @@ struct tt_sparse_weight {
   int32_t dtype;           // of the values, as in tt_grid_weight; 4: codes
 };
 
+// A weight of which only the columns count whose inputs are large, and left right for the other inputs.
+struct tt_gather_weight {
+  int64_t out_features, in_features;
+  int64_t rank;            // of the low-rank term; 0: there is none
+  const void* columns;     // [in][out]
+  const float* threshold;  // one: an input counts unless |x| * scale is at most this
+  const float* scale;      // [in], or null: 1
+  const void *right, *left;  // [rank][in], [out][rank]
+  int32_t dtype;           // of the columns, as in tt_grid_weight
+  int32_t factor_dtype;    // of the low-rank term: 1, 2
+};
+
 // What a product has added to it: a low-rank term, right [rank][in] and left [out][rank], or one in compressed sparse
 // rows, offsets [out + 1] into values and columns. What the other kind has is null.
 struct tt_block_term {
@@ -48,10 +60,11 @@ struct tt_block_term {
 };
 
 // A linear layer of a block: the product, rounded; plus each term, rounded; plus a bias of the dtype of x, or null. With a
-// bitmap it multiplies by `sparse`, and of `weight` only the sizes count.
+// bitmap it multiplies by `sparse`, with columns by `gather`, and of `weight` only the sizes count.
 struct tt_block_linear {
   tt_grid_weight weight;
   tt_sparse_weight sparse;
+  tt_gather_weight gather;
   const tt_block_term* terms;
   int64_t term_count;
   const void* bias;
@@ -102,16 +115,6 @@ struct tt_codebook_problem {
   int32_t group_size;            // numbers of a vector: 4, 8, 16
   int32_t code_bytes;            // 1: at most 256 entries; 2
   int32_t x_dtype, scale_dtype;  // as in tt_grid_weight
-  int32_t isa;
-};
-
-struct tt_gather_problem {
-  int64_t out_features, in_features;
-  int64_t rank;          // of the low-rank term; 0: there is none
-  float threshold;       // an input counts unless |x| * scale is at most this
-  int32_t dtype;         // of the columns, as in tt_grid_weight
-  int32_t factor_dtype;  // of the low-rank term: 1, 2
-  int32_t x_dtype;       // of x and out
   int32_t isa;
 };
 
@@ -176,11 +179,10 @@ TT_EXPORT int32_t tt_sparse_matmul(const tt_sparse_weight* weights, int64_t coun
 TT_EXPORT int32_t tt_sparse_dequantize(const tt_sparse_weight* weight, int64_t first, int64_t rows, void* out,
                                        int32_t dtype, int32_t threads);
 
-// out [rows][out] = (x where it counts) W^T + (x where it does not) right^T left^T; W by columns [in][out], scale [in] or
-// null: 1, right [rank][in] and left [out][rank]. 1 to 8 rows, all contiguous. Returns as above.
-TT_EXPORT int32_t tt_gather_matmul(const tt_gather_problem* problem, const void* x, const void* columns,
-                                   const float* scale, const void* right, const void* left, void* out, int64_t rows,
-                                   int32_t threads);
+// One x [rows][in] times each of `count` weights. out holds one [rows][out] after the other, of the dtype of x; 1 to 8
+// rows. Returns as above.
+TT_EXPORT int32_t tt_gather_matmul(const tt_gather_weight* weights, int64_t count, const void* x, void* out,
+                                   int64_t rows, int32_t dtype, int32_t isa, int32_t threads);
 
 // kv_attention. Layouts and meaning of the fields: kv_attention/run.py. Absent tensors are null, absent numbers 0, an
 // absent first_position -1. Dtypes as in tt_grid_weight.

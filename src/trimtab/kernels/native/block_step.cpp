@@ -4,14 +4,15 @@
 //   before: norm -> q, k, v -> biases -> norms of heads -> rotary embedding
 //   after:  o -> + x -> norm -> gate, up -> silu(gate) * up -> down -> + what went into the norm
 //
-// Each runs in one team of threads. grid_matmul and sparse_matmul compute the products; a thread finishes the rows that it
-// computed.
+// Each runs in one team of threads. grid_matmul, sparse_matmul and gather_matmul compute the products; a thread finishes
+// the rows that it computed.
 #include <deque>
 #include <new>
 
 #include "api.h"
 #include "bitmap_matmul.h"
 #include "block_rows.h"
+#include "gather_matmul.h"
 #include "grid_job.h"
 #include "grid_plan.h"
 #include "low_rank.h"
@@ -64,20 +65,25 @@ struct Site {
   int64_t size = 0;
   Products products;                // of grids
   std::vector<SparseJob> sparse;    // of bitmaps
+  GatherWork gather;                // of columns
   std::deque<LowRankState> states;  // of the low-rank terms in their order
 
   void plan(const Step& step, const void* x) {
     size_t grids = 0;
     sparse.clear();
-    for (int64_t i = 0; i < size; ++i) grids += !layers[i]->sparse.bitmap;
+    gather.jobs.clear();
+    for (int64_t i = 0; i < size; ++i) grids += !layers[i]->sparse.bitmap && !layers[i]->gather.columns;
     products.size(grids);
     for (int64_t i = 0, place = 0; i < size; ++i) {
       if (layers[i]->sparse.bitmap) {
         sparse.push_back(sparse_job(layers[i]->sparse, step.block.dtype, step.block.isa, outs[i]));
+      } else if (layers[i]->gather.columns) {
+        gather.add(layers[i]->gather, step.block.isa, outs[i]);
       } else {
         plan_job(products, call(step, x), size_t(place++), layers[i]->weight, outs[i]);
       }
     }
+    gather.size(step.count);
     place_inputs(products, call(step, x));
     each_low_rank([&](const LowRank& term, LowRankState& state) { state.size(term, step.count); });
   }
@@ -106,11 +112,13 @@ struct Site {
     });
     run_packed(call(step, x), products, team);
     run_sparse(sparse, x, step.block.dtype, step.count, team);
+    run_gather(gather, x, step.block.dtype, step.count, team);
     if (inner) team.wait();  // for the inner products of the others
     widen(step, x);
     auto finish_job = [&](const auto& job, int64_t begin, int64_t end) { finish(step, job.out, plus, begin, end); };
     each_share(products.jobs, team.id, team.count, finish_job);
     each_sparse_share(sparse, team.id, team.count, finish_job);
+    each_gather_share(gather.jobs, team.id, team.count, finish_job);
   }
 
  private:

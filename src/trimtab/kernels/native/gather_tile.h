@@ -9,7 +9,7 @@
 namespace trimtab {
 namespace {
 
-constexpr int kColumns = 8;     // added at a time; by measurement
+constexpr int kColumns = 8;      // added at a time
 constexpr int kGatherCache = 2;  // the next columns are prefetched past the first-level cache, which holds the sums
 constexpr int kLineBytes = 64;
 

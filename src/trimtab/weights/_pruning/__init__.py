@@ -7,6 +7,9 @@
     repair.py      what the kept weights become: least squares on the Gram matrix
     plan.py        what was decided, as a table that can be stored, compared, merged and applied again
 
+Scores and factors that are more than a line: nystrom.py (neurons), rotary_selection.py (pairs of a head),
+value_factors.py (values and outputs of few directions), narrow_heads.py (these two on the linears of an attention).
+
 The methods are files of the room (`magnitude`, `wanda`, ...): each supplies a score, and names its defaults for the
 rest (`weights/_pruner.py`). What a pruned linear becomes is a part: `tensors/bitmap.py`, `tensors/sparse_grid.py`.
 """

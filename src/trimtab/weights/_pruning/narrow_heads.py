@@ -85,6 +85,7 @@ def _energy(linear: LinearView, stats: Mapping[str, Stats]) -> Tensor:
 
 
 def gram_of(stats: Mapping[str, Stats], linear: LinearView) -> Tensor:
+    """The Gram matrix of what a linear reads, where its weight is."""
     gram = stats[linear.site].gram
     assert gram is not None
     return gram.to(linear.weight.device)
