@@ -93,6 +93,21 @@ def test_a_removed_neuron_is_as_a_neuron_that_is_not_there(family: str) -> None:
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_biases_of_removed_rows_go_and_no_others(family: str) -> None:
+    view = ModelView.of(random_model(family))
+    for linear in view.linears:
+        assert linear.bias is not None
+        linear.bias.fill_(1.0)
+    units = neurons(view.blocks[0])
+    keep = torch.arange(units.count) % 3 != 1
+    Plan((PlanEntry.of(units, keep),)).zero(view.linears, [units])
+    for linear in view.linears:
+        assert linear.bias is not None
+        first = linear.role == "up" and linear.block == 0
+        assert torch.equal(linear.bias, keep.float() if first else torch.ones_like(linear.bias))
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
 def test_value_directions_and_heads_are_those_of_the_attention_output(family: str) -> None:
     """Zeroing them is zeroing these inputs of `o`, which hold head after head."""
