@@ -129,3 +129,22 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         repair_ls(torch.ones(4, 8), torch.ones(7, 7), torch.ones(8, dtype=torch.bool))
     with pytest.raises(ConfigError, match=r"bool mask \[4, 8\]"):
         repair_ls_rows(torch.ones(4, 8), torch.eye(8), torch.ones(8, dtype=torch.bool))
+
+
+def test_scales_of_a_sweep_do_not_see_what_is_removed() -> None:
+    weight = torch.full((3, 130), 0.75)
+    weight[:, [5, 129]] = 100.0
+    removed = (torch.arange(130) == 5).expand(3, 130)
+    found = remove_by_sweep(
+        weight,
+        Metric.gram(torch.eye(130)).inverse_cholesky(1e-6),
+        lambda start, block: removed.T[start : start + len(block)],
+        choice_size=64,
+        block_size=64,
+        rounded_group=64,
+    )
+    assert found.scales is not None
+    torch.testing.assert_close(found.scales[0].float(), torch.tensor([0.1, 0.1, 13.3]), rtol=0.01, atol=0)
+    steps = found.scales.float().repeat_interleave(64, dim=1)[:, :130]
+    assert bool(((found.weight - weight).abs() <= 0.54 * steps)[found.keep].all())
+    assert torch.equal(found.keep, ~removed)
