@@ -74,7 +74,7 @@ def compress(
                    128 sequences of the prose that comes with trimtab. Not read if the method needs no text
     mode           "sequential": each layer sees inputs that the compressed layers before it produce (five runs of a
                    block, four of them cut short); "dense": inputs of the original model (one run). None: the method's
-                   own: "dense" for those that slice, "sequential" for the others
+                   own: "dense" for those that slice or repair nothing, else "sequential"
     seed           of the choice of calibration sequences and of sampled statistics
     state_dir      where finished blocks, and what a search found, are kept; the same call with the same directory
                    after a kill computes only what is missing, and its result is the same to the bit

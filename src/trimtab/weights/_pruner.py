@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import ConfigError, TargetError
+from trimtab.models.model_method import Mode
 from trimtab.tensors.bitmap import Bitmap
 from trimtab.tensors.compressed import CompressedTensor
 from trimtab.tensors.metric import Metric
@@ -154,6 +155,9 @@ class PruneMethod(SparseMethod):
     repair    what becomes of the kept weights. "none": they stay. "obs": they are corrected column by column, as
               SparseGPT does. "least_squares": the best they can be for this choice, at O(out in^3) for each linear
     """
+
+    own_mode: ClassVar[Mode] = "dense"
+    """Where nothing is repaired, inputs of pruned layers mislead: on `ref` at 50 % and at 2:4 wanda loses 8 and 14 % more."""
 
     within: Literal["row", "matrix", "model"] = "row"
     repair: Literal["none", "obs", "least_squares"] = "none"

@@ -9,7 +9,8 @@ Every row loses its floor(in * sparsity) smallest entries (equal ones: the first
 a row lose n. What is kept is exactly what it was, unless `repair` asks for more. The norm is taken as the root of the
 mean square: a factor that is the same for all entries changes no choice.
 
-Departures: none in the choice. `within` and `repair` go beyond the paper.
+Departures: norms come from the original model, because pruned inputs choose worse (docs/journal.md); with mode
+"sequential" they are those of the model pruned so far, as in the authors' code. `within` and `repair` go beyond it.
 
 Cost: one pass over the calibration text and one sort of each row. When it fails: above 60 %, where what is removed has
 to be made up for; `sparsegpt` does, and so does `repair`.
