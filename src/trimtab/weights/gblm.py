@@ -6,9 +6,9 @@ arXiv:2311.04902.
     score_ij = |W_ij| (|X_j|_2 + g_ij)        g_ij = sum_s |alpha dL_s/dW_ij|     (norm="l1")
                                               g_ij = sqrt(sum_s (alpha dL_s/dW_ij)^2)     (norm="l2")
 
-|X_j|_2 is the root of the sum of squares over all tokens, divided by the number of sequences. L_s is the mean next-token
-loss of sequence s, of the original model; every sequence counts by itself. Rows lose what `wanda` makes them lose:
-floor(in * sparsity) each, or n of every m columns. With alpha = 0, this is wanda.
+|X_j|_2 is the root of the sum of squares over all tokens, divided by the number of sequences. L_s is the mean loss of
+the next token in sequence s, of the original model; every sequence counts by itself. Rows lose what `wanda` makes them
+lose: floor(in * sparsity) each, or n of every m columns. With alpha = 0, this is wanda.
 
 The two terms grow differently with the calibration text. `alpha` is meant for the paper's 128 sequences; with N of them
 it is multiplied by 128 / N (l1) or sqrt(128 / N) (l2). The run record has the ratio of their medians for each layer
