@@ -10,6 +10,7 @@
     python scripts/record_results.py caches     every KV cache at 2 and 4 bits on ref, with outliers too, on two texts
     python scripts/record_results.py kv-decode  decoding with a long context; other libraries where they are installed
     python scripts/record_results.py decode     decoding with compressed weights, likewise
+    python scripts/record_results.py decode-pruned    decoding with pruned, sliced and skipped weights beside dense ones
     python scripts/record_results.py acceptance tokens per forward pass of ref for shapes of drafts by ref-mini
     python scripts/record_results.py decoding   drafts beside plain decoding and transformers' assisted generation
     python scripts/record_results.py controlled-drafts  what drafts cost under the controller where they do not pay
@@ -121,7 +122,9 @@ def _tell(line: str) -> None:
 
 def newest(theme: str) -> dict[str, Any]:
     """The newest file of a theme."""
-    file = max(RESULTS.glob(f"{theme}-*.json"), key=lambda file: file.stem[-10:])
+    longer = tuple(f"{other}-" for other in THEMES if other.startswith(f"{theme}-"))
+    files = [file for file in RESULTS.glob(f"{theme}-*.json") if not file.name.startswith(longer)]
+    file = max(files, key=lambda file: file.stem[-10:])
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return document
 
@@ -222,6 +225,11 @@ def decode() -> tuple[dict[str, Any], int]:
     )
 
 
+def decode_pruned() -> tuple[dict[str, Any], int]:
+    """Less to read per token beside the same model whole, and torch."""
+    return benchmarks(("decode", "--systems", "pruned,torch/bf16"))
+
+
 def linear() -> tuple[dict[str, Any], int]:
     """Single layers of every representation."""
     return benchmarks(("linear",))
@@ -257,6 +265,7 @@ THEMES: dict[str, Callable[..., tuple[dict[str, Any], int]]] = {
     "evaluate": evaluate,
     "kv-decode": kv_decode,
     "decode": decode,
+    "decode-pruned": decode_pruned,
     "linear": linear,
     "compress-time": compress_time,
 }

@@ -40,7 +40,9 @@ def documents_with_tables() -> list[Path]:
 
 def newest(theme: str) -> Document | None:
     """The newest committed result of a theme, by the date in its name, with the date and its path added."""
-    files = sorted(RESULTS.glob(f"{theme}-*.json"), key=lambda file: file.stem[-10:])
+    longer = tuple(f"{other}-" for other in TABLES if other.startswith(f"{theme}-"))
+    files = [file for file in RESULTS.glob(f"{theme}-*.json") if not file.name.startswith(longer)]
+    files.sort(key=lambda file: file.stem[-10:])
     if not files:
         return None
     document: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
@@ -168,15 +170,17 @@ def kv_decode_table(document: Document, _: str | None) -> str:
     return f"{markdown(list(columns), rows)}\n\n{source_line(document, note)}" if rows else ""
 
 
-def decode_table(document: Document, _: str | None) -> str:
-    """Decoding with compressed weights: each system that ran, fastest first at each context."""
+def decode_table(document: Document, beside: str | None) -> str:
+    """Decoding with compressed weights: each system that ran, fastest first at each context; `beside` names the one
+    whose speed is 1, if it is not torch."""
     entries = [e for e in document["entries"] if e.get("decode_ms_median") is not None]
-    plain = {e["context"]: e["decode_ms_median"] for e in entries if e["system"].startswith("torch/")}
+    one = beside or "torch/"
+    plain = {e["context"]: e["decode_ms_median"] for e in entries if e["system"].startswith(one)}
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "context": lambda e: f"{e['context']:,}",
         "system": lambda e: str(e["system"]),
         "ms per token": lambda e: text.number(e["decode_ms_median"]),
-        "times torch's speed": lambda e: (
+        f"times the speed of {one.rstrip('/')}": lambda e: (
             text.number(plain[e["context"]] / e["decode_ms_median"]) if e["context"] in plain else text.NOTHING
         ),
         "prefill of 512, s": lambda e: text.number(e.get("prefill_s_median")),
@@ -226,6 +230,7 @@ TABLES: dict[str, Callable[[Document, str | None], str]] = {
     "grid-matmul": grid_matmul_table,
     "kv-decode": kv_decode_table,
     "decode": decode_table,
+    "decode-pruned": lambda document, _: decode_table(document, "trimtab/dense"),
     "acceptance": lambda document, method: finished(document, *acceptance_table(document, method)),
     "decoding": lambda document, method: finished(document, *decoding_table(document, method)),
     "controlled-drafts": lambda document, method: finished(document, *controlled_table(document, method)),
