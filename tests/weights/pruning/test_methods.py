@@ -217,6 +217,14 @@ def test_sparsegpt_rounds_as_it_goes_and_beats_rounding_at_the_end(linear_of: Ma
         assert 8 * joint.nbytes < 3.6 * weight.numel()  # of 128 columns
 
 
+def test_a_repair_by_sweep_rounds_as_it_goes_too(linear_of: Make, correlated: Example) -> None:
+    weight, stats = correlated
+    joint = pruned(Wanda(repair="obs", value_bits=4), linear_of(weight), stats)
+    repaired = pruned(Wanda(repair="obs"), linear_of(weight), stats)
+    after = SparseGrid.from_dense(repaired.dequantize(), repaired.mask(), 64)
+    assert error(weight, joint, stats) < error(weight, after, stats)
+
+
 def test_the_loss_that_is_noted_counts_what_is_rounded(linear_of: Make, correlated: Example) -> None:
     """sum e^2 = tr(D H D^T) of the stored weight: scales and codes that are stored are those of the sweep."""
     weight, stats = correlated
