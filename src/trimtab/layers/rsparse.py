@@ -57,18 +57,18 @@ ALL = -1.0
 class RSparse(LayerMethod):
     """Options:
 
-    sparsity         share of each weight that a token does not read
-    alpha            share of the budget that goes to columns, the rest to the low-rank copy; "searched": one for each
-                     linear, found on calibration text
-    criterion        what is compared with the threshold: "weighted", |x_j| times the norm of its column; "magnitude",
-                     |x_j|
-    prefill          what calls with more than 8 tokens compute: "sparse", what single tokens do; "dense", W x, so that
-                     prompts are read exactly (and batches of more than 8)
-    factor_dtype     stored dtype of the low-rank copy; "weight": that of the weight
-    population       vectors of ratios in each generation of the search
-    generations      that follow the first one
-    survivors        vectors that live on in the next generation, and are the parents of its others
-    search_sequences calibration sequences whose loss is compared
+    sparsity          share of each weight that a token does not read
+    alpha             share of the budget that goes to columns, the rest to the low-rank copy; "searched": one for each
+                      linear, found on calibration text
+    criterion         what is compared with the threshold: "weighted", |x_j| times the norm of its column; "magnitude",
+                      |x_j|
+    prefill           what calls with more than 8 tokens compute: "sparse", what single tokens do; "dense", W x, so that
+                      prompts are read exactly (and batches of more than 8)
+    factor_dtype      stored dtype of the low-rank copy; "weight": that of the weight
+    population        vectors of ratios in each generation of the search
+    generations       that follow the first one
+    survivors         vectors that live on in the next generation, and are the parents of its others
+    search_sequences  calibration sequences whose loss is compared
     """
 
     sparsity: float = 0.5

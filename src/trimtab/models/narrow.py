@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.core.errors import CheckpointError, TargetError
 from trimtab.models.families import family_by_type, family_of
 from trimtab.models.families.base import head_dim_of, kv_heads_of
-from trimtab.models.views import BlockView, ModelView, Role
+from trimtab.models.views import BlockView, LinearView, ModelView, Role
 
 Narrow = dict[str, Any]
 """JSON values of one narrow linear: {"shape": [out, in], "bias": bool}."""
@@ -192,11 +192,20 @@ def narrow_linears(model: PreTrainedModel) -> dict[str, Narrow]:
     except TargetError:  # of a family that has no views, which nothing can have made narrower
         return {}
     shapes = _shapes(model.config, family.width_of(model.config))
+    changed = [
+        linear
+        for block in view.blocks
+        for linear in (*_narrow_attention(block), *block.mlp.linears)
+        if (linear.out_features, linear.in_features) != shapes[linear.role]
+    ]
     return {
         linear.name: {"shape": [linear.out_features, linear.in_features], "bias": linear.module.bias is not None}
-        for linear in view.linears
-        if (linear.out_features, linear.in_features) != shapes[linear.role]
+        for linear in changed
     }
+
+
+def _narrow_attention(block: BlockView) -> tuple[LinearView, ...]:
+    return block.attention.linears if isinstance(block.attention.module, NarrowAttention) else ()
 
 
 def _shapes(config: PretrainedConfig, width: int) -> dict[Role, tuple[int, int]]:
@@ -207,7 +216,6 @@ def _shapes(config: PretrainedConfig, width: int) -> dict[Role, tuple[int, int]]
         "q": (queries, hidden),
         "k": (keys, hidden),
         "v": (keys, hidden),
-        "qkv": (queries + 2 * keys, hidden),
         "o": (hidden, queries),
         "gate": (width, hidden),
         "up": (width, hidden),
