@@ -21,6 +21,7 @@ PRUNED: dict[str, tuple[str | None, Mapping[str, Any]]] = {
     "sparse-50+4bit": ("magnitude", {**_HALF, "value_bits": 4}),
     "neurons-30": ("neurons", {"sparsity": 0.3, "counted": "parameters", "round_to": 32}),
     "rsparse-50": ("rsparse", {"sparsity": 0.5, "prefill": "dense"}),
+    "rsparse-50-thresholds": ("rsparse", {"sparsity": 0.5, "prefill": "dense", "alpha": 1.0}),
 }
 """Name -> method and options of trimtab's models with less in them, beside the one they are made of. All of them are
 asked for as "pruned"."""
