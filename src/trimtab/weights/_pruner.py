@@ -171,10 +171,6 @@ class PruneMethod(SparseMethod):
     def needs(self) -> frozenset[Need]:
         return self.score_needs | (frozenset() if self.repair == "none" else {"gram"})
 
-    @property
-    def needs_text(self) -> bool:
-        return bool(self.needs)
-
     @abstractmethod
     def score(self, site: Site) -> Tensor:
         """What removing each entry would cost, float32 [out, in], non-negative; smaller is removed first."""

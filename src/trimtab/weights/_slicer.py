@@ -61,10 +61,6 @@ class NeuronMethod(SliceMethod):
     def needs(self) -> frozenset[Need]:
         return self.score_needs | (frozenset() if self.repair == "none" else {"gram"})
 
-    @property
-    def needs_text(self) -> bool:
-        return bool(self.needs)
-
     @abstractmethod
     def neuron_scores(self, block: BlockView, stats: Mapping[str, Stats]) -> Tensor:
         """What each neuron of the MLP is worth, float [width]; the largest are kept."""
