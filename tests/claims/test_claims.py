@@ -65,6 +65,8 @@ def test_nan_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 NEGATIVE = (
     "A policy trained on weights alone keeps more of the spectrum",
     "Without calibration text it is closer to the original model than removing random",
+    "At 50 % GBLM stays closer to the original model than Wanda",
+    "At 4:8 GBLM stays closer to the original model than Wanda",
     "Window attention breaks as soon",
     "Retrieval heads are sparse",
     "At equal bytes the low-rank part lowers",
